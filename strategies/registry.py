@@ -1,7 +1,7 @@
 """From a name to a class: built-ins as import strings, then installed entry points; an unknown name lists what exists.
 
-    find("strategy", BUILTIN_STRATEGIES, "ddp")        -> the class strategies.ddp:DDPStrategy
-    entry points: [project.entry-points."drivetrain.strategies"] mine = "my_package:MyStrategy"
+find("strategy", BUILTIN_STRATEGIES, "ddp")        -> the class strategies.ddp:DDPStrategy
+entry points: [project.entry-points."drivetrain.strategies"] mine = "my_package:MyStrategy"
 """
 
 from __future__ import annotations

@@ -1,0 +1,229 @@
+"""Strategy: the contract between a run and its machine. The base class is the single-device strategy.
+
+A strategy owns where the models live, how they are cut up, and how gradients come together. One object serves one run (or one of
+several models in it). The order of calls, which `contract.py` checks for every strategy:
+
+    start(world)                                    once; the world is shared by all strategies of a run
+    prepare(models, optimizers)                     both jointly: an engine may fuse them, sharding re-points parameters
+    bind(model, "training_step")                    the step as that model's forward
+    per micro-batch:  set_gradient_sync(models, bool) -> the step -> backward(loss)
+    per window:       unscale_ -> grad_norm -> scale_gradients -> step(optimizer)
+    state_tensors / load_state_tensors              under names that do not depend on the strategy
+    stop()
+
+Override what differs; nothing above this class asks which strategy it is.  Methods that the base class leaves empty are not
+called on the hot path at all when `reduces_gradients` and `precision.scales_loss` are False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import gradients, named_state
+from .errors import ConfigError
+from .precision.base import Precision
+from .registry import PRECISION_ALIASES, PRECISIONS, STRATEGIES, STRATEGY_ALIASES, find
+
+if TYPE_CHECKING:
+    from .world import World
+
+__all__ = ["Strategy", "make_precision", "make_strategy"]
+
+
+class Strategy:
+    """One process, one device: the model as it is.
+
+    Args:
+        precision: a name or a `Precision`; None takes the run's.
+        inference: the models are only evaluated: no gradients are kept for them and no optimizer is taken.
+    """
+
+    name = "single"
+    reduces_gradients = False  # True where gradients of several ranks are averaged in the backward pass
+    needs_group = False  # True where a process group is needed even for one process
+
+    def __init__(self, *, precision: str | Precision | None = None, inference: bool = False) -> None:
+        self.precision: Precision | None = None if precision is None else make_precision(precision)
+        self.inference = inference
+        self._world: World | None = None
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+    def start(self, world: World) -> None:
+        """Take the world; refuse what this strategy cannot do in it.
+
+        Raises:
+            ConfigError: more processes than this strategy uses, or a precision that the device cannot do.
+        """
+        self._world = world
+        if self.precision is None:
+            self.precision = Precision()
+        self.check_world(world)
+        if reason := self.precision.available(world.device):
+            raise ConfigError(reason)
+
+    def check_world(self, world: World) -> None:
+        """Refuse a world that this strategy cannot use."""
+        if world.size > 1 and not self.inference:
+            raise ConfigError(
+                f"strategy='single' was asked for on {world.size} processes, which would train {world.size} models that do not know "
+                "of each other. Use strategy='ddp' (or 'auto'), or start one process."
+            )
+
+    def stop(self) -> None:
+        """Let go of what `start` and `prepare` made. The world is not the strategy's to stop."""
+        self._world = None
+
+    @property
+    def world(self) -> World:
+        if self._world is None:
+            raise ConfigError(
+                f"Strategy {self.name!r} was not started. Pass it to a Trainer or an Accelerator, which starts it."
+            )
+        return self._world
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    @property
+    def data_shard(self) -> tuple[int, int]:
+        """Which slice of every batch this rank reads: (index, count)."""
+        return 0, 1
+
+    # -- building -----------------------------------------------------------------------------------------------------
+    def prepare(
+        self, models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer] | Callable[[], Sequence[Optimizer]]
+    ) -> tuple[dict[str, nn.Module], list[Optimizer]]:
+        """Convert, move and cut up `models`, then take `optimizers` (or build them, once the models are ready).
+
+        Returns what is to be called in the models' place, and the optimizers to step, each in the order given.
+        """
+        prepared = {name: self.prepare_model(name, model) for name, model in models.items()}
+        built = optimizers() if callable(optimizers) else optimizers
+        return prepared, [self.prepare_optimizer(o) for o in built]
+
+    def prepare_model(self, name: str, model: nn.Module) -> nn.Module:
+        """Convert `model` to the precision and move it to the device, in place."""
+        assert self.precision is not None
+        if self.inference:
+            model.requires_grad_(False)
+            model.eval()
+        return self.precision.convert(model).to(self.device)
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Take an optimizer whose parameters are those of prepared models; move state that it already has to the device."""
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim() > 0 and value.device != parameter.device:
+                    state[key] = value.to(parameter.device)
+        return optimizer
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """Return the module that the user wrote, from what `prepare` returned for it."""
+        return model
+
+    def bind(self, model: nn.Module, method: str) -> Callable[..., Any]:
+        """Return `model.<method>` such that it runs as the model's forward, with all that the strategy does around one.
+
+        `model` is the user's module. Called once per step method, not per step.
+        """
+        return getattr(model, method)
+
+    # -- one micro-batch ----------------------------------------------------------------------------------------------
+    def set_gradient_sync(self, models: Iterable[nn.Module], enabled: bool) -> None:
+        """Say whether the coming backward averages gradients over ranks. Called only where `reduces_gradients`.
+
+        `models` are the prepared ones; none means all that this strategy prepared.
+        """
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Run the backward pass of `loss`, already divided for its window."""
+        loss.backward(**kwargs)
+
+    def manual_backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """The same, called by the user inside a step that runs under manual optimisation."""
+        self.backward(loss, **kwargs)
+
+    # -- one optimizer step -------------------------------------------------------------------------------------------
+    def grad_norm(self, parameters: Sequence[nn.Parameter], norm_type: float = 2.0) -> Tensor:
+        """Return the norm of all gradients of `parameters` over all ranks: 0-d, at least fp32, the same on all ranks."""
+        return gradients.grad_norm(gradients.gradients(parameters), norm_type)
+
+    def scale_gradients(self, parameters: Sequence[nn.Parameter], factor: Tensor | float) -> None:
+        """Multiply all gradients of `parameters` by `factor` in place."""
+        gradients.scale_(gradients.gradients(parameters), factor)
+
+    def clip_values(self, parameters: Sequence[nn.Parameter], limit: float) -> None:
+        """Clamp all gradients of `parameters` to [-limit, limit] in place."""
+        gradients.clip_values_(gradients.gradients(parameters), limit)
+
+    def unscale_(self, optimizer: Optimizer) -> None:
+        """Bring scaled gradients back to the loss's unit. Called only where `precision.scales_loss`."""
+        assert self.precision is not None
+        self.precision.unscale_(optimizer)
+
+    def step(self, optimizer: Optimizer) -> bool:
+        """Step `optimizer`; return whether it stepped."""
+        assert self.precision is not None
+        return self.precision.step(optimizer)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+    def state_tensors(
+        self, models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return (tensors, JSON values) under the names of named_state.py. `models` are the user's modules.
+
+        Every rank returns the same names; a tensor may be a `Shard` where ranks hold pieces.
+        """
+        tensors, values = named_state.optimizer_state(models, optimizers)
+        return named_state.model_tensors(models) | tensors, values
+
+    def load_state_tensors(
+        self,
+        models: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        names: Iterable[str],
+        read: Callable[[str], Tensor],
+        values: Mapping[str, Any],
+        *,
+        strict: bool = True,
+    ) -> list[str]:
+        """Copy a checkpoint's tensors into `models` and `optimizers`; return the names skipped under `strict=False`."""
+        names = list(names)
+        skipped = named_state.load_model_tensors(models, names, read, strict=strict)
+        named_state.load_optimizer_state(models, optimizers, names, read, values)
+        return skipped
+
+    def explain(self) -> list[tuple[str, str]]:
+        """Return (what, how) rows for the start-up lines."""
+        return [("strategy", self.name), ("processes", str(self.world.size))]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(precision={self.precision.name if self.precision else None!r})"
+
+
+def make_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
+    """Return the strategy that a name stands for, made with `options`; an object is returned as it is."""
+    if isinstance(strategy, Strategy):
+        return strategy
+    if not isinstance(strategy, str):
+        raise ConfigError(
+            f"strategy must be a name or a Strategy object, got {strategy!r}. For example strategy='ddp' or strategy=DDPStrategy()."
+        )
+    return find("strategies", "strategy", STRATEGIES, STRATEGY_ALIASES, strategy)(**options)
+
+
+def make_precision(precision: str | int | Precision) -> Precision:
+    """Return the precision that a name (or Lightning's 16, 32, 64) stands for; an object is returned as it is."""
+    if isinstance(precision, Precision):
+        return precision
+    if not isinstance(precision, str | int):
+        raise ConfigError(
+            f"precision must be a name or a Precision object, got {precision!r}. For example 'bf16-mixed'."
+        )
+    return find("precisions", "precision", PRECISIONS, PRECISION_ALIASES, str(precision))()

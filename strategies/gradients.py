@@ -1,0 +1,69 @@
+"""Norms, clipping and scaling of gradients, each in a number of calls that does not grow with the number of tensors.
+
+`grad_norm` reads every gradient once; `clip_coefficient` turns the norm into a factor; `scale_` multiplies all gradients by it.
+A trainer folds its own correction (a window that was cut short, a count of tokens) into the same single multiplication.
+Source: torch.nn.utils.clip_grad_norm_, whose formula is kept (max_norm / (norm + 1e-6), at most 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return the gradients that exist, in the order of `parameters`."""
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def grad_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    """Return the joint norm of `grads` as a 0-d tensor: float64 for float64 gradients, else float32.
+
+    No gradients at all have norm 0. Half-precision gradients are summed in float32, so that the norm cannot overflow.
+    """
+    if not grads:
+        return torch.zeros(())
+    if len({(g.dtype, g.device) for g in grads}) > 1:
+        device = grads[0].device
+        norms = [
+            torch.linalg.vector_norm(g, norm_type, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads
+        ]
+        wide = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
+        return torch.linalg.vector_norm(torch.stack([n.to(device, wide) for n in norms]), norm_type)
+    norms = torch._foreach_norm(grads, norm_type, dtype=torch.promote_types(grads[0].dtype, torch.float32))
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+
+
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+    """Return the factor, at most 1, that brings a gradient of `norm` down to `max_norm`; 0-d, on the device, not read."""
+    return (max_norm / (norm + 1e-6)).clamp_(max=1.0)
+
+
+def scale_(grads: Sequence[Tensor], factor: Tensor | float) -> None:
+    """Multiply every gradient by `factor` in place."""
+    if not grads:
+        return
+    if isinstance(factor, Tensor):
+        for device, group in _by_device(grads).items():
+            torch._foreach_mul_(group, factor.to(device))
+    else:
+        torch._foreach_mul_(list(grads), factor)
+
+
+def clip_values_(grads: Sequence[Tensor], limit: float) -> None:
+    """Clamp every element of every gradient to [-limit, limit] in place."""
+    if grads:
+        torch._foreach_clamp_min_(list(grads), -limit)
+        torch._foreach_clamp_max_(list(grads), limit)
+
+
+def _by_device(grads: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
+    first = grads[0].device
+    if all(g.device == first for g in grads):
+        return {first: list(grads)}
+    groups: dict[torch.device, list[Tensor]] = {}
+    for g in grads:
+        groups.setdefault(g.device, []).append(g)
+    return groups

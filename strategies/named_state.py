@@ -1,0 +1,214 @@
+"""The state of models and optimizers under names that do not depend on how they are held.
+
+    model/<model>/<parameter or buffer>                 a tensor
+    optimizer/<optimizer>/<model>/<parameter>/<key>     a tensor of the optimizer's state for that parameter
+    optimizer/<optimizer>                               JSON: the groups' options with their parameters' names, scalar state
+
+Names are those of the module that the user wrote, without a wrapper's prefix, so that every strategy can read what any other
+wrote. Loading checks everything first and copies last: a checkpoint of another model leaves the weights untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .errors import CheckpointError, ConfigError
+
+_SHOWN = 10  # how many names of one kind an error lists
+
+
+def model_tensors(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return every parameter and persistent buffer as `model/<model>/<name>`."""
+    return {
+        f"model/{name}/{key}": value
+        for name, model in models.items()
+        for key, value in model.state_dict().items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_model_tensors(
+    models: Mapping[str, nn.Module], names: Iterable[str], read: Callable[[str], Tensor], *, strict: bool = True
+) -> list[str]:
+    """Copy `model/...` tensors into `models`; return the names that were skipped (only with `strict=False`).
+
+    Args:
+        names: all tensor names that the checkpoint holds; those that do not start with `model/` are none of ours.
+        read: returns the full tensor of a name, on the CPU.
+    Raises:
+        CheckpointError: names missing or in excess, or other shapes; nothing was copied then.
+    """
+    own = model_tensors(models)
+    theirs = {n for n in names if n.startswith("model/")}
+    missing, excess = sorted(own.keys() - theirs), sorted(theirs - own.keys())
+    tensors = {n: read(n) for n in sorted(own.keys() & theirs)}
+    shapes = [n for n, t in tensors.items() if t.shape != own[n].shape]
+    if strict and (missing or excess or shapes):
+        parts = [
+            _listing("missing in the checkpoint", missing),
+            _listing("in the checkpoint but not in the model", excess),
+            _listing("of another shape", [f"{n} {tuple(tensors[n].shape)} for {tuple(own[n].shape)}" for n in shapes]),
+        ]
+        raise CheckpointError(
+            f"The checkpoint is of another model: {'; '.join(p for p in parts if p)}. Nothing was loaded. "
+            "Build the same model, or load with strict=False to take what fits."
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name not in shapes:
+                own[name].copy_(tensor)
+    return [*missing, *excess, *shapes]
+
+
+def parameter_names(models: Mapping[str, nn.Module]) -> dict[int, str]:
+    """Return id(parameter) -> `<model>/<parameter>`; a tied parameter has its first name."""
+    names: dict[int, str] = {}
+    for model_name, model in models.items():
+        for name, parameter in model.named_parameters():
+            names.setdefault(id(parameter), f"{model_name}/{name}")
+    return names
+
+
+def optimizer_state(
+    models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return (tensors, JSON values) of all `optimizers` under the names of the module docstring.
+
+    Raises:
+        ConfigError: an optimizer holds a parameter that none of `models` has.
+    """
+    names = parameter_names(models)
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for optimizer_name, optimizer in optimizers.items():
+        scalars: dict[str, dict[str, Any]] = {}
+        for parameter, state in optimizer.state.items():
+            prefix = _name_of(parameter, names, optimizer_name)
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{optimizer_name}/{prefix}/{key}"] = value
+                else:
+                    scalars.setdefault(prefix, {})[key] = value
+        groups = [
+            {k: v for k, v in group.items() if k != "params"}
+            | {"params": [_name_of(p, names, optimizer_name) for p in group["params"]]}
+            for group in optimizer.param_groups
+        ]
+        values[f"optimizer/{optimizer_name}"] = {
+            "class": type(optimizer).__name__,
+            "param_groups": groups,
+            "scalars": scalars,
+        }
+    return tensors, values
+
+
+def load_optimizer_state(
+    models: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer],
+    names: Iterable[str],
+    read: Callable[[str], Tensor],
+    values: Mapping[str, Any],
+) -> None:
+    """Give every optimizer its groups' options and its state back.
+
+    Raises:
+        CheckpointError: another optimizer class, other groups or other parameters; nothing was loaded then.
+    """
+    parameters = {name: p for name, p in _named(models)}
+    by_optimizer: dict[str, list[str]] = {}
+    for name in names:
+        if name.startswith("optimizer/"):
+            by_optimizer.setdefault(name.split("/", 2)[1], []).append(name)
+    loads: list[tuple[Optimizer, dict[str, Any]]] = []
+    for optimizer_name, optimizer in optimizers.items():
+        saved = values.get(f"optimizer/{optimizer_name}")
+        if saved is None:
+            held = sorted(v.split("/", 1)[1] for v in values if v.startswith("optimizer/"))
+            raise CheckpointError(
+                f"The checkpoint holds no optimizer {optimizer_name!r}; it holds {held or 'none'}. "
+                "Return the same optimizers from configure_optimizers, or load the models only."
+            )
+        loads.append(
+            (
+                optimizer,
+                _state_for(optimizer_name, optimizer, saved, by_optimizer.get(optimizer_name, []), read, parameters),
+            )
+        )
+    for optimizer, state in loads:
+        optimizer.load_state_dict(state)
+
+
+def _state_for(
+    optimizer_name: str,
+    optimizer: Optimizer,
+    saved: Mapping[str, Any],
+    names: list[str],
+    read: Callable[[str], Tensor],
+    parameters: Mapping[str, nn.Parameter],
+) -> dict[str, Any]:
+    """Build what `Optimizer.load_state_dict` takes (parameters by number) from the named state."""
+    groups = saved["param_groups"]
+    if saved["class"] != type(optimizer).__name__ or len(groups) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"Optimizer {optimizer_name!r} was {saved['class']} with {len(groups)} parameter group(s) when it was saved and is "
+            f"{type(optimizer).__name__} with {len(optimizer.param_groups)} now. Build the same one, or load the models only."
+        )
+    number = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state: dict[int, dict[str, Any]] = {}
+
+    def slot(parameter_name: str) -> dict[str, Any]:
+        parameter = parameters.get(parameter_name)
+        if parameter is None or id(parameter) not in number:
+            raise CheckpointError(
+                f"Optimizer {optimizer_name!r} had state for parameter {parameter_name!r}, which is not among its parameters now. "
+                "Build the same parameter groups, or load the models only."
+            )
+        return state.setdefault(number[id(parameter)], {})
+
+    for name in names:
+        parameter_name, _, key = name.removeprefix(f"optimizer/{optimizer_name}/").rpartition("/")
+        slot(parameter_name)[key] = read(name)
+    for parameter_name, scalars in saved["scalars"].items():
+        slot(parameter_name).update(scalars)
+    packed = []
+    for group, current in zip(groups, optimizer.param_groups, strict=True):
+        wanted = [number[id(parameters[n])] for n in group["params"] if n in parameters and id(parameters[n]) in number]
+        if sorted(wanted) != sorted(number[id(p)] for p in current["params"]):
+            raise CheckpointError(
+                f"A parameter group of optimizer {optimizer_name!r} held {len(group['params'])} parameters that are not those of the "
+                f"{len(current['params'])} it holds now. Build the same parameter groups, or load the models only."
+            )
+        # A tuple such as AdamW's betas is a list in JSON; torch keeps whatever it is given.
+        options = {
+            k: tuple(v) if isinstance(v, list) and isinstance(current.get(k), tuple) else v for k, v in group.items()
+        }
+        packed.append(options | {"params": [number[id(p)] for p in current["params"]]})
+    return {"state": state, "param_groups": packed}
+
+
+def _named(models: Mapping[str, nn.Module]) -> Iterable[tuple[str, nn.Parameter]]:
+    for model_name, model in models.items():
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            yield f"{model_name}/{name}", parameter
+
+
+def _name_of(parameter: nn.Parameter, names: Mapping[int, str], optimizer: str) -> str:
+    name = names.get(id(parameter))
+    if name is None:
+        raise ConfigError(
+            f"Optimizer {optimizer!r} holds a parameter of shape {tuple(parameter.shape)} that belongs to no prepared model, so its "
+            "state has no name to be saved under. Prepare the module that owns it as well."
+        )
+    return name
+
+
+def _listing(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{more})"
