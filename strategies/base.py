@@ -81,9 +81,7 @@ class Strategy:
     @property
     def world(self) -> World:
         if self._world is None:
-            raise ConfigError(
-                f"Strategy {self.name!r} was not started. Pass it to a Trainer or an Accelerator, which starts it."
-            )
+            raise ConfigError(f"Strategy {self.name!r} was not started. Pass it to a Trainer or an Accelerator, which starts it.")
         return self._world
 
     @property
@@ -223,7 +221,5 @@ def make_precision(precision: str | int | Precision) -> Precision:
     if isinstance(precision, Precision):
         return precision
     if not isinstance(precision, str | int):
-        raise ConfigError(
-            f"precision must be a name or a Precision object, got {precision!r}. For example 'bf16-mixed'."
-        )
+        raise ConfigError(f"precision must be a name or a Precision object, got {precision!r}. For example 'bf16-mixed'.")
     return find("precisions", "precision", PRECISIONS, PRECISION_ALIASES, str(precision))()

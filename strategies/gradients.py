@@ -27,9 +27,7 @@ def grad_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
         return torch.zeros(())
     if len({(g.dtype, g.device) for g in grads}) > 1:
         device = grads[0].device
-        norms = [
-            torch.linalg.vector_norm(g, norm_type, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads
-        ]
+        norms = [torch.linalg.vector_norm(g, norm_type, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
         wide = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
         return torch.linalg.vector_norm(torch.stack([n.to(device, wide) for n in norms]), norm_type)
     norms = torch._foreach_norm(grads, norm_type, dtype=torch.promote_types(grads[0].dtype, torch.float32))

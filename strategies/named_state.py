@@ -184,9 +184,7 @@ def _state_for(
                 f"{len(current['params'])} it holds now. Build the same parameter groups, or load the models only."
             )
         # A tuple such as AdamW's betas is a list in JSON; torch keeps whatever it is given.
-        options = {
-            k: tuple(v) if isinstance(v, list) and isinstance(current.get(k), tuple) else v for k, v in group.items()
-        }
+        options = {k: tuple(v) if isinstance(v, list) and isinstance(current.get(k), tuple) else v for k, v in group.items()}
         packed.append(options | {"params": [number[id(p)] for p in current["params"]]})
     return {"state": state, "param_groups": packed}
 
