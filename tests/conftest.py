@@ -3,11 +3,11 @@
     def test_the_mean_is_that_of_all_ranks(ranks) -> None:
         assert ranks(2, mean_of_ranks) == [0.5, 0.5]
 
-The processes are forked from pytest, so `fn` may be any function, closures too, and starting one costs milliseconds. Each has the variables that
-torchrun would set, and no process group yet (`World.start` makes it). How a call goes:
-    fork n -> each runs fn, writes its result to a file, waits for the others -> release -> results in order of rank
-    an exception  -> 0.5 s for the others to say what they met -> all are killed -> the first one is raised here, with its rank and traceback
-    a hung rank   -> its stack is written by faulthandler (also when it hangs in C) -> all are killed -> TimeoutError with the stacks
+The processes are forked from pytest, so `fn` may be any function, closures too, and starting one costs milliseconds.
+Each has the variables that torchrun would set, and no process group yet (`World.start` makes it). How a call goes:
+    fork n       -> each runs fn, writes its result to a file, waits for the others -> results in order of rank
+    an exception -> 0.5 s for the others to say what they met -> all killed -> the first is raised here, with its rank
+    a hung rank  -> faulthandler writes its stack, also when it hangs in C -> all killed -> TimeoutError with the stacks
 No process outlives the call, DataLoader workers of a rank included.
 """
 
@@ -50,17 +50,9 @@ T = TypeVar("T")
 GRACE_S = 0.5
 """After the first failure the other ranks have this long to say what they met, before they are killed."""
 LAUNCHERS = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "NODE_RANK",
-    "MASTER_",
-    "GROUP_",
-    "ROLE_",
-    "TORCHELASTIC_",
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_", "GROUP_", "ROLE_"),
+    *("TORCHELASTIC_", "SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_", "MV2_", "FLUX_"),
 )
-LAUNCHERS += ("SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_", "MV2_", "FLUX_")
 """Variables by which some launcher tells a process its rank. Tests say themselves what they want, so these go."""
 STACK_SIGNAL = signal.SIGRTMIN + 7 if sys.platform == "linux" else signal.SIGUSR2
 """Makes a rank write its stack. None of the signals that drivetrain itself listens to."""
@@ -81,15 +73,18 @@ class Ranks(Protocol):
 
 @pytest.fixture
 def ranks() -> Ranks:
-    """Run `fn(*args, **kwargs)` on n processes: `ranks(n, fn, *args, timeout=60, **kwargs)` -> the n results in order of rank.
+    """Run `fn(*args, **kwargs)` on n processes and return the n results in order of rank.
 
-    Results are pickled (tensors are copied by value). Each rank starts with the seed 0 and one thread; the warning filters of the test
-    hold there too, so a warning is an error. An exception keeps its type, if it can be pickled: `pytest.raises` sees it as if it came from `fn`.
+    `ranks(n, fn, *args, timeout=60, **kwargs)`; `timeout` is in seconds, for all of it.
+
+    Results are pickled (tensors are copied by value). Each rank starts with the seed 0 and one thread; the warning
+    filters of the test hold there too, so a warning is an error. An exception keeps its type if it can be pickled:
+    `pytest.raises` sees it as if it came from `fn`.
 
     Raises:
         whatever the first failing rank raised; a note on it says which rank it was, its cause has the traceback.
         RankError: a rank died without a word (killed, `os._exit`), or returned something that cannot be pickled.
-        TimeoutError: some rank was not done after `timeout` seconds; the message has the stacks of the ranks that were not.
+        TimeoutError: some rank was not done in time; the message has the stacks of those that were not.
     """
     return run_ranks
 
@@ -109,11 +104,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(
-                pytest.mark.skip(
-                    reason="waits for a machine with an accelerator (torch.accelerator.is_available() is False)"
-                )
-            )
+            item.add_marker(pytest.mark.skip(reason="waits for an accelerator: torch.accelerator.is_available() is False"))
 
 
 @dataclass
@@ -131,19 +122,18 @@ class Outcome:
 
 def run_ranks(n: int, fn: Callable[..., T], *args: Any, timeout: float = 60, **kwargs: Any) -> list[T]:
     """The body of the fixture `ranks`."""
+    __tracebackhide__ = True
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
     port = free_port()
     sys.stdout.flush()
     sys.stderr.flush()
     context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=_rank_main, args=(rank, n, port, folder, fn, args, kwargs)) for rank in range(n)
-    ]
+    processes = [context.Process(target=_rank_main, args=(rank, n, port, folder, fn, args, kwargs)) for rank in range(n)]
     outcomes: dict[int, Outcome] = {}
     try:
         with warnings.catch_warnings():
-            # Python 3.12 and later warn of a fork beside threads; the threads that pytest may have do not hold locks of ours.
-            warnings.simplefilter("ignore", DeprecationWarning)
+            # Python 3.12 and later warn of a fork beside threads. By its text, since the ranks inherit this filter.
+            warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
             for process in processes:
                 process.start()
         deadline = time.monotonic() + timeout
@@ -154,7 +144,7 @@ def run_ranks(n: int, fn: Callable[..., T], *args: Any, timeout: float = 60, **k
         hung = [rank for rank in range(n) if rank not in outcomes]
         if not hung:
             (folder / "release").touch()
-            hung = _not_exited(processes, time.monotonic() + max(5.0, deadline - time.monotonic()))
+            hung = _not_exited(processes, time.monotonic() + 2 * GRACE_S + max(0.0, deadline - time.monotonic()))
         if hung:
             raise TimeoutError(_stacks(processes, hung, outcomes, folder, timeout))
         return [outcomes[rank].value for rank in range(n)]
@@ -171,38 +161,31 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank_main(
-    rank: int, n: int, port: int, folder: Path, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """One rank's life. multiprocessing ends it with `os._exit`: nothing of pytest's own runs here, and DataLoader workers are ended."""
+def _rank_main(rank: int, n: int, port: int, folder: Path, fn: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """One rank's life. multiprocessing ends it with `os._exit`, so nothing of pytest's own runs when it goes."""
     os.setpgid(0, 0)  # so that one kill takes the rank's own children too
     _die_with_parent()
-    with (folder / f"stack{rank}").open("w") as stacks:
-        faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), NODE_RANK="0"
-        )
-        os.environ.update(
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            GLOO_SOCKET_IFNAME="lo" if sys.platform == "linux" else "lo0",
-        )
-        torch.set_num_threads(1)
-        random.seed(0)
-        torch.manual_seed(0)
-        try:
-            outcome = Outcome(rank, 0.0, value=fn(*args, **kwargs))
-        except BaseException as error:
-            outcome = Outcome(rank, 0.0, error=error, text=traceback.format_exc())
-        outcome.when = time.monotonic()
-        _write(outcome, folder)
-        # Rank 0 serves the store: it must not go while others still ask it. (torchrun's agent serves it and outlives all ranks.)
-        while not (folder / "release").exists():
-            time.sleep(0.005)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        with contextlib.suppress(Exception):  # what fn left open; its result is already known
-            dist.destroy_process_group()
+    # An open descriptor, never closed: the stack may be asked for when this function has already returned.
+    faulthandler.register(STACK_SIGNAL, file=os.open(folder / f"stack{rank}", os.O_WRONLY | os.O_CREAT), all_threads=True)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), NODE_RANK="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(GLOO_SOCKET_IFNAME="lo" if sys.platform == "linux" else "lo0")
+    torch.set_num_threads(1)
+    random.seed(0)
+    torch.manual_seed(0)
+    try:
+        outcome = Outcome(rank, 0.0, value=fn(*args, **kwargs))
+    except BaseException as error:
+        outcome = Outcome(rank, 0.0, error=error, text=traceback.format_exc())
+    outcome.when = time.monotonic()
+    _write(outcome, folder)
+    # Rank 0 serves the store, so it must not go while others still ask it. (Under torchrun the agent serves it.)
+    while not (folder / "release").exists():
+        time.sleep(0.005)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.suppress(Exception):  # what fn left open; its result is already known
+        dist.destroy_process_group()
 
 
 def _write(outcome: Outcome, folder: Path) -> None:
@@ -211,10 +194,8 @@ def _write(outcome: Outcome, folder: Path) -> None:
         data = pickle.dumps(outcome)
         pickle.loads(data)  # some exceptions can be written and not read
     except Exception as error:
-        text = (
-            outcome.text
-            or f"what rank {rank} returned cannot be pickled: {type(error).__name__}: {error}\nReturn numbers, strings, lists, tensors."
-        )
+        why = f"what rank {rank} returned cannot be pickled: {type(error).__name__}: {error}"
+        text = outcome.text or f"{why}\nReturn numbers, strings, lists, dictionaries, tensors."
         data = pickle.dumps(Outcome(rank, outcome.when, text=text))
     (folder / f"tmp{rank}").write_bytes(data)
     (folder / f"tmp{rank}").rename(folder / f"done{rank}")
@@ -231,9 +212,8 @@ def _collect(processes: list[Any], outcomes: dict[int, Outcome], folder: Path, d
             if done.exists():
                 outcomes[rank] = pickle.loads(done.read_bytes())
             elif dead:
-                outcomes[rank] = Outcome(
-                    rank, time.monotonic(), text=f"rank {rank} died without a word: {_how_it_died(process.exitcode)}\n"
-                )
+                text = f"rank {rank} died without a word: {_how_it_died(process.exitcode)}"
+                outcomes[rank] = Outcome(rank, time.monotonic(), text=text)
             if rank in outcomes and outcomes[rank].text:
                 deadline = min(deadline, time.monotonic() + GRACE_S)
         time.sleep(0.005)
@@ -244,17 +224,15 @@ def _how_it_died(code: int) -> str:
 
 
 def _error_of(failed: list[Outcome], n: int) -> BaseException:
-    """The exception of the rank that failed first, with a note that names it and a cause that shows what all of them met."""
+    """The exception of the rank that failed first, with a note that names it; its cause shows what all of them met."""
     first = failed[0]
     text = "\n".join(f"[rank {o.rank}/{n}] {o.text.rstrip()}" for o in failed)
     # KeyboardInterrupt would end pytest; the control flow exceptions of pytest (skip, fail) are wanted as they are.
     if first.error is None or isinstance(first.error, KeyboardInterrupt | GeneratorExit):
         return RankError("\n" + text)
     error = first.error
-    error.add_note(
-        f"raised on rank {first.rank} of {n}"
-        + (f"; rank(s) {[o.rank for o in failed[1:]]} failed after it" if failed[1:] else "")
-    )
+    later = f"; rank(s) {[o.rank for o in failed[1:]]} failed after it" if failed[1:] else ""
+    error.add_note(f"raised on rank {first.rank} of {n}{later}")
     error.__cause__ = RankError("\n" + text)
     return error
 
@@ -273,14 +251,13 @@ def _stacks(processes: list[Any], hung: list[int], outcomes: dict[int, Outcome],
             os.kill(processes[rank].pid, STACK_SIGNAL)
     time.sleep(0.3)
     n = len(processes)
-    returned = [rank for rank in outcomes if rank in hung]
-    what = (
-        "returned, but did not end (a thread or process that nobody stopped?)"
-        if returned
-        else f"did not return within {timeout:g} s"
-    )
+    what = f"did not return within {timeout:g} s"
+    if any(rank in outcomes for rank in hung):
+        what = "returned, but did not end (a thread or process that nobody stopped?)"
     parts = [f"rank(s) {hung} of {n} {what}; killed. Done: {sorted(set(outcomes) - set(hung))}."]
-    parts += [f"[rank {rank}/{n}] stack:\n{(folder / f'stack{rank}').read_text() or '(none written)'}" for rank in hung]
+    for rank in hung:
+        stack = (folder / f"stack{rank}").read_text() or "(none written)"
+        parts.append(f"[rank {rank}/{n}] stack:\n{stack}")
     return "\n".join(parts)
 
 

@@ -1,9 +1,10 @@
-"""The fixture `ranks` itself: results in order, errors with their rank, hung ranks killed with their stack shown, nobody left over."""
+"""The fixture `ranks` itself: results in order, errors with their rank, hung ranks killed and shown, nobody left."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -148,6 +149,14 @@ def test_a_rank_that_hangs_in_a_collective_shows_where(ranks: Any) -> None:
 
     with pytest.raises(TimeoutError, match="in wait_for_nobody"):
         ranks(2, wait_for_nobody, timeout=3)
+
+
+def test_a_rank_that_returned_but_cannot_end_is_shown_and_killed(ranks: Any) -> None:
+    def leave_a_thread() -> None:
+        threading.Thread(target=a_line_that_never_ends).start()
+
+    with pytest.raises(TimeoutError, match=r"(?s)returned, but did not end.*in a_line_that_never_ends"):
+        ranks(1, leave_a_thread, timeout=1)
 
 
 def test_what_a_rank_started_does_not_outlive_it(ranks: Any, tmp_path: Path) -> None:
