@@ -1,0 +1,296 @@
+"""The World of a run: which rank this process is, its device, and how it talks to the others.
+
+    World.start()  reads the environment -> chooses the device -> meets the others -> makes two process groups:
+                   the default group for compute (gloo on CPU, nccl on CUDA), and a gloo group for control
+Alone (no launcher) there is no group at all, and every collective is the identity.
+On one node everything listens on loopback only: torch's TCPStore and gloo would bind to every interface, and neither knows
+whom it talks to. Read `World.start` first.   Source: torch.distributed, https://pytorch.org/docs/stable/distributed.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from . import collectives
+from .control import Control
+from .devices.base import DeviceChoice, choose_device, select_device
+from .environment import LOOPBACK, RankEnvironment, is_loopback, read_environment
+from .errors import DistributedError, unknown_name
+
+# Waiting longer than this for a rank to appear is pointless: it was never started, or died on the way.
+_START_TIMEOUT_S = 300.0
+
+# One store per meeting point and process: the port stays taken while other ranks may still look things up, and a second
+# World in the same process (a second Trainer) meets there again under the next number. Keyed by process: forks start anew.
+_stores: dict[tuple[int, str, int], tuple[Store, int]] = {}
+
+
+class World:
+    """Ranks, groups and collectives of one run, shared by its strategies. Built by `World.start` or `World.single`."""
+
+    def __init__(self, env: RankEnvironment, choice: DeviceChoice, group: dist.ProcessGroup | None) -> None:
+        """Not for users: `World.start` finds the arguments."""
+        self.rank = env.rank
+        self.size = env.size
+        self.local_rank = env.local_rank
+        self.local_size = env.local_size
+        self.node_rank = env.node_rank
+        self.device = choice.device
+        self.device_reason = choice.reason
+        self.backend = choice.backend if group is not None else "none"
+        self.launcher = env.launcher
+        self.one_node = env.one_node
+        self.is_main = env.rank == 0
+        self.is_local_main = env.local_rank == 0
+        self.is_last = env.rank == env.size - 1
+        self.control = Control()
+        self._group = group
+        self._control_group: dist.ProcessGroup | None = None
+        self._owns_default_group = False
+        self._started = True
+
+    @classmethod
+    def start(cls, device: str = "auto", *, timeout_s: float = 1800.0, need_group: bool = False) -> World:
+        """Join the other ranks, as the launcher's variables say, and return the World; alone, a World of one.
+
+        A default process group that already exists is joined and left alive by `stop`.
+
+        Args:
+            device: see `choose_device`.
+            timeout_s: of each collective. Ranks that do not appear within min(timeout_s, 300) are named.
+            need_group: make a process group also for one rank without a launcher.
+        Raises:
+            ConfigError: junk in the launcher's variables, or no such device.
+            DistributedError: the port is taken, the address unknown, or ranks are missing.
+        """
+        env = read_environment()
+        joined = dist.is_initialized()
+        if joined:
+            env = _environment_of_default_group(env)
+        choice = choose_device(device, local_rank=env.local_rank, local_size=env.local_size)
+        select_device(choice.device)
+        if env.size == 1 and not (joined or need_group):
+            return cls(env, choice, None)
+        timeout = timedelta(seconds=timeout_s)
+        with listening_on_loopback(env.one_node):
+            if not joined:
+                _start_default_group(env, choice, timeout)
+            world = cls(env, choice, dist.group.WORLD)
+            world._owns_default_group = not joined
+            world.backend = dist.get_backend()
+            if choice.device.type != "cpu" and not joined:
+                world.backend = choice.backend
+            control_group = dist.new_group(backend="gloo", timeout=timeout)
+            assert isinstance(control_group, dist.ProcessGroup)  # an int stands for "not a member": every rank is one
+            world._control_group = control_group
+        world.control = Control(world._control_group if env.size > 1 else None)
+        return world
+
+    @classmethod
+    def single(cls, device: str = "cpu") -> World:
+        """Return a World of one that reads no environment and makes no group: for tests and tools."""
+        choice = choose_device(device)
+        select_device(choice.device)
+        return cls(RankEnvironment(), choice, None)
+
+    def __repr__(self) -> str:
+        return f"World(rank {self.rank}/{self.size}, {self.device}, {self.backend})"
+
+    def group(self, axis: str = "world") -> dist.ProcessGroup | None:
+        """Return the process group of an axis; None when this process is alone."""
+        if axis != "world":
+            raise unknown_name("axis", axis, ["world"])
+        return self._group
+
+    def new_group(self, ranks: list[int] | None = None, *, backend: str | None = None) -> dist.ProcessGroup | None:
+        """Make another process group as `dist.new_group`, on loopback when there is one node; None on ranks not in it."""
+        if self._group is None:
+            return None
+        with listening_on_loopback(self.one_node):
+            group = dist.new_group(ranks, backend=backend)
+        return group if isinstance(group, dist.ProcessGroup) else None
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """Return the "sum", "mean", "max" or "min" over ranks, out of place; with one rank, the tensor itself."""
+        return tensor if self.size == 1 else collectives.all_reduce(tensor, op, self._compute())
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return all ranks' tensors along dim 0 in order of rank; dim 0 may differ between ranks; 0-d counts as one row."""
+        if self.size == 1:
+            return tensor.reshape(1) if tensor.ndim == 0 else tensor
+        return collectives.all_gather(tensor, self._compute())
+
+    def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
+        """Return rank `src`'s tensor, out of place; every rank passes one of that shape and dtype."""
+        return tensor if self.size == 1 else collectives.broadcast(tensor, src, self._compute())
+
+    def barrier(self) -> None:
+        """Wait until every rank is here. On the control group: no accelerator is waited for."""
+        if self.size > 1:
+            dist.barrier(group=self._control())
+
+    def broadcast_json(self, value: Any, src: int = 0) -> Any:
+        """Return rank `src`'s JSON value on every rank."""
+        return value if self.size == 1 else collectives.broadcast_json(value, src, self._control())
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return every rank's JSON value, in order of rank, on every rank."""
+        return [value] if self.size == 1 else collectives.gather_json(value, self._control())
+
+    def broadcast_object(self, value: Any, src: int = 0) -> Any:
+        """Return rank `src`'s object on every rank. Pickled: only for what users pass between ranks of their own run."""
+        if self.size == 1:
+            return value
+        box = [value if self.rank == src else None]
+        dist.broadcast_object_list(box, group_src=src, group=self._control())
+        return box[0]
+
+    def gather_object(self, value: Any) -> list[Any]:
+        """Return every rank's object, in order of rank, on every rank. Pickled, as `broadcast_object`."""
+        if self.size == 1:
+            return [value]
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, value, group=self._control())
+        return every
+
+    def stop(self) -> None:
+        """Destroy the groups that `start` made; never waits for other ranks. A second call does nothing."""
+        if not self._started:
+            return
+        self._started = False
+        self.control.stop()
+        if self._owns_default_group and dist.is_initialized():
+            dist.destroy_process_group()
+        elif self._control_group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._control_group)
+        self._group = self._control_group = None
+
+    def _compute(self) -> dist.ProcessGroup:
+        if self._group is None:
+            raise DistributedError("This World was stopped: its groups are gone. Start a new one with World.start().")
+        return self._group
+
+    def _control(self) -> dist.ProcessGroup:
+        if self._control_group is None:
+            raise DistributedError("This World was stopped: its groups are gone. Start a new one with World.start().")
+        return self._control_group
+
+
+@contextlib.contextmanager
+def listening_on_loopback(active: bool = True) -> Iterator[None]:
+    """Make gloo groups that are created inside listen on loopback only. A GLOO_SOCKET_IFNAME set by the user is kept."""
+    name = _loopback_interface()
+    if not active or name is None or "GLOO_SOCKET_IFNAME" in os.environ:
+        yield
+        return
+    os.environ["GLOO_SOCKET_IFNAME"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)
+
+
+def _loopback_interface() -> str | None:
+    names = {name for _, name in socket.if_nameindex()}
+    return next((name for name in ("lo", "lo0") if name in names), None)
+
+
+def _environment_of_default_group(env: RankEnvironment) -> RankEnvironment:
+    """Describe this process by the group that somebody initialised; the variables only say what is local."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if (env.rank, env.size) == (rank, size):
+        return env
+    return RankEnvironment(rank=rank, size=size, local_rank=rank, local_size=size, launcher="process group")
+
+
+def _start_default_group(env: RankEnvironment, choice: DeviceChoice, timeout: timedelta) -> None:
+    store = _meet(env, min(timeout.total_seconds(), _START_TIMEOUT_S))
+    # CPU tensors must travel also where the device's own backend takes none.
+    backend = "gloo" if choice.backend == "gloo" else f"cpu:gloo,{choice.device.type}:{choice.backend}"
+    dist.init_process_group(backend, store=store, rank=env.rank, world_size=env.size, timeout=timeout)
+
+
+def _meet(env: RankEnvironment, timeout_s: float) -> Store:
+    """Return a store in which all ranks have arrived, under a prefix of its own.
+
+    Raises:
+        DistributedError: naming the ranks that did not come in time.
+    """
+    if env.size == 1:
+        return HashStore()
+    key = (os.getpid(), env.address, env.port)
+    store, generation = _stores.get(key) or (_open_store(env, timeout_s), 0)
+    _stores[key] = (store, generation + 1)
+    prefixed = PrefixStore(f"drivetrain/{env.restart}/{generation}", store)
+    names = [f"arrived/{rank}" for rank in range(env.size)]
+    try:
+        prefixed.set(names[env.rank], "1")
+        prefixed.wait(names, timedelta(seconds=timeout_s))
+    except RuntimeError as error:  # DistStoreError is one
+        raise DistributedError(
+            f"[rank {env.rank}/{env.size}] met {_missing(prefixed, names)} at {env.address}:{env.port} within "
+            f"{timeout_s:.0f} s. Expected all {env.size}. See why they did not start, or died before."
+        ) from error
+    return prefixed
+
+
+def _missing(store: Store, names: list[str]) -> str:
+    try:
+        missing = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
+    except RuntimeError:
+        return "the other ranks no more: the store of rank 0 is gone"
+    return f"no rank {', '.join(missing)}"
+
+
+def _open_store(env: RankEnvironment, timeout_s: float) -> Store:
+    timeout = timedelta(seconds=timeout_s)
+    hosts_here = env.rank == 0 and not env.agent_store
+    # On one node the ranks' own store listens on loopback, whatever name the machine goes by.
+    address = LOOPBACK if env.one_node and not env.agent_store else env.address
+    try:
+        if hosts_here and env.one_node:
+            listener = _listener(env)
+            return TCPStore(
+                address, env.port, env.size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+            )
+        return TCPStore(address, env.port, env.size, hosts_here, timeout, wait_for_workers=False)
+    except (RuntimeError, OSError) as error:
+        doing = "listen on" if hosts_here else "reach"
+        what = "MASTER_PORT may be taken: choose another" if hosts_here else (
+            "MASTER_ADDR or MASTER_PORT may be wrong, or rank 0 did not start")  # fmt: skip
+        raise DistributedError(
+            f"[rank {env.rank}/{env.size}] could not {doing} {address}:{env.port}, where the ranks meet: "
+            f"{str(error).splitlines()[0]}. {what}."
+        ) from error
+
+
+def _listener(env: RankEnvironment) -> socket.socket:
+    """Return the listening loopback socket of the store: the one that our agent passed down, or a new one."""
+    fd = env.listen_fd
+    if fd is not None:
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                # A duplicate, so that a second store of this process could use it again.
+                passed = socket.socket(fileno=os.dup(fd))
+                if is_loopback(passed.getsockname()[0]) and passed.getsockname()[1] == env.port:
+                    return passed
+                passed.close()
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((LOOPBACK, env.port))
+        listener.listen(max(64, env.size))
+    except OSError:
+        listener.close()
+        raise
+    return listener
