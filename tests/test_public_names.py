@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import drivetrain
+import pytest
 
 PUBLIC = ["Accelerator", "Callback", "Strategy", "Trainer", "TrainingModule"]
 
@@ -20,7 +19,8 @@ import json, sys
 import torch
 before = set(sys.modules)
 happened = []
-WATCHED = ("socket.connect", "socket.bind", "socket.getaddrinfo", "subprocess.Popen", "os.fork", "os.posix_spawn", "os.exec", "os.system")
+WATCHED = {"socket.connect", "socket.bind", "socket.getaddrinfo"}
+WATCHED |= {"subprocess.Popen", "os.fork", "os.posix_spawn", "os.exec", "os.system"}
 sys.addaudithook(lambda event, args: happened.append(event) if event in WATCHED else None)
 import threading
 threads = threading.active_count()
