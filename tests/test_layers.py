@@ -157,13 +157,13 @@ def test_only_environment_py_reads_what_a_launcher_says() -> None:
 
 def rank_variables_read(path: Path) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(path.read_text())):
-        key: ast.AST | None = None
+        key: ast.expr | None = None
         if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and "environ" in ast.unparse(node.value):
             key = node.slice
         elif isinstance(node, ast.Call) and node.args and re.search(r"environ\.get$|getenv$", ast.unparse(node.func)):
             key = node.args[0]
         if isinstance(key, ast.Constant) and isinstance(key.value, str) and RANK_VARIABLE.fullmatch(key.value):
-            yield node.lineno, key.value
+            yield key.lineno, key.value
 
 
 @pytest.mark.parametrize("folder", ["strategies", "callbacks", "trainer", "tests", "examples"])

@@ -23,7 +23,7 @@ _HOMES = {
     "TrainingModule": "drivetrain.trainer.module",
 }
 
-__all__ = ["Accelerator", "Callback", "Strategy", "Trainer", "TrainingModule"]  # noqa: RUF022
+__all__ = ["Accelerator", "Callback", "Strategy", "Trainer", "TrainingModule"]
 
 
 def __getattr__(name: str) -> Any:
