@@ -133,8 +133,8 @@ def test_interrupting_a_rank_does_not_interrupt_pytest(ranks: Any) -> None:
 
 
 def test_a_hung_rank_is_killed_and_its_stack_is_shown(ranks: Any, tmp_path: Path) -> None:
-    with pytest.raises(TimeoutError, match=r"rank\(s\) \[1\] of 2 did not return within 1 s") as caught:
-        ranks(2, hang_on, 1, tmp_path, timeout=1)
+    with pytest.raises(TimeoutError, match=r"rank\(s\) \[1\] of 2 did not return within 2 s") as caught:
+        ranks(2, hang_on, 1, tmp_path, timeout=2)
     assert "in a_line_that_never_ends" in str(caught.value)
     assert not any(alive(int(file.read_text())) for file in tmp_path.iterdir())
 
@@ -156,7 +156,7 @@ def test_a_rank_that_returned_but_cannot_end_is_shown_and_killed(ranks: Any) -> 
         threading.Thread(target=a_line_that_never_ends).start()
 
     with pytest.raises(TimeoutError, match=r"(?s)returned, but did not end.*in a_line_that_never_ends"):
-        ranks(1, leave_a_thread, timeout=1)
+        ranks(1, leave_a_thread, timeout=2)
 
 
 def test_what_a_rank_started_does_not_outlive_it(ranks: Any, tmp_path: Path) -> None:
