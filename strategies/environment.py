@@ -170,7 +170,7 @@ def _from_slurm(env: Mapping[str, str]) -> RankEnvironment:
     size_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
     size = _integer(env, size_name, default=1, low=1)
     if size == 1:
-        return RankEnvironment(launcher="slurm")
+        return RankEnvironment()  # an allocation to work in (srun --pty bash), no group of ranks
     rank = _integer(env, "SLURM_PROCID", low=0, below=size, below_name=size_name)
     node_rank = _integer(env, "SLURM_NODEID", default=0, low=0)
     nodes_name = "SLURM_STEP_NUM_NODES" if "SLURM_STEP_NUM_NODES" in env else "SLURM_NNODES"
