@@ -1,0 +1,505 @@
+"""The folder that holds a run's checkpoints: a save is visible when it is whole, or not at all.
+
+    1  every rank    checks what it was given; says how much it has            ranks agree
+    2  rank 0        clears leftovers of killed saves, checks the free space, makes .tmp-step-00000042-<token>/
+    3  every rank    writes its files into it: checksums on the way, fsync     ranks agree
+    4  rank 0        manifest.json, fsync; fsync the folder; rename it to step-00000042; fsync the parent     ranks agree
+
+A kill before the rename leaves a folder that nobody takes for a checkpoint, a kill after it a whole one: a reader sees the
+old state or the new. Nothing is overwritten: a step that is saved again gets a new folder (step-00000042.2), and the one
+before it goes only when that is committed. Folders are renamed to .tmp-* before they are deleted, for the same reason.
+What goes wrong on one rank is raised on all of them, after the temporary folder was removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError, DrivetrainError
+from .job import Job
+from .layout import (
+    FORMAT,
+    LOCK,
+    MANIFEST,
+    TEMPORARY,
+    VERSION,
+    CheckpointInfo,
+    Shard,
+    encode_manifest,
+    folder_name,
+    info_of,
+    parse_folder,
+    read_manifest,
+)
+from .reader import Checkpoint
+from .writer import make_folder, sync_folder, write_bytes
+
+T = TypeVar("T")
+_MARGIN = 2**20
+"""Bytes that must stay free beside the checkpoint: headers, manifest, the file system's own."""
+_PATIENCE_S = 10.0
+"""How long a save waits for another process to let go of the folder, and for the folder to appear on another machine."""
+
+
+class Ranks(Protocol):
+    """What the store needs of World: all ranks call it together, JSON goes over the control group."""
+
+    rank: int
+    size: int
+
+    def gather_json(self, value: Any) -> list[Any]: ...
+    def broadcast_json(self, value: Any, src: int = 0) -> Any: ...
+
+
+class Alone:
+    """One process that needs no World: tools, tests."""
+
+    rank = 0
+    size = 1
+
+    def gather_json(self, value: Any) -> list[Any]:
+        return [value]
+
+    def broadcast_json(self, value: Any, src: int = 0) -> Any:
+        return value
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints `prune` leaves: those that any rule names. Without a rule, all.
+
+    `metric` is looked up in `meta["metrics"]`; a checkpoint without it, or with NaN, is never among the best.
+    """
+
+    last: int = 0
+    best: int = 0
+    metric: str | None = None
+    mode: str = "min"
+    every: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.last, self.best, self.every) < 0 or self.mode not in ("min", "max") or (self.best and not self.metric):
+            raise ConfigError(f"{self}: counts are at least 0, mode is 'min' or 'max', and best needs a metric.")
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in the folder `root`. Methods marked "together" are called by all ranks."""
+
+    def __init__(self, root: str | Path, world: Ranks | None = None) -> None:
+        self.root = Path(root).expanduser().absolute()
+        self._world: Ranks = world or Alone()
+        self._whole: set[Path] = set()  # seen to be whole by this process
+        self._claims: dict[str, set[int]] = {}  # who -> the steps that they need
+        self._sequence: int | None = None  # of the last commit
+        self._lock: int | None = None
+
+    # -- save ---------------------------------------------------------------------------------------------------------
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor | Shard],
+        values: Mapping[str, Any],
+        *,
+        rank_values: Mapping[str, Any] | None = None,
+        rank_tensors: Mapping[str, Tensor] | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> CheckpointInfo:
+        """Write a checkpoint and commit it (together). It is on the disk when this returns.
+
+        Args:
+            tensors: shared ones: the same on every rank that has them, or Shards of one whole. Each is written once.
+            values: shared trees of plain values and tensors (state.py); rank 0's are written.
+            rank_values, rank_tensors: what each rank keeps for itself, such as random states.
+            meta: small plain values, readable without opening a file: counters, plan, `metrics`. Rank 0's are written.
+        Raises:
+            ConfigError: something in it cannot be saved; the message has its name.
+            CheckpointError: it could not be written. Nothing was committed, on any rank; what was there is untouched.
+        """
+        meta = meta or {}
+        job = Job(step, self._world.rank, self._world.size)
+        prepared = self._try(lambda: job.prepare(tensors, values, rank_values or {}, rank_tensors or {}, meta))
+        reports = self._agree(step, prepared)
+        others = self._exchange(job, reports)
+        planned = self._agree(step, self._try(lambda: job.plan(others)))
+        needed = planned[0] + sum(report["bytes"] for report in reports)
+        temporary = self.root / self._from_main(step, lambda: self._open_temporary(step, needed))
+        try:
+            written = self._agree(step, self._try(lambda: job.write(_wait_for(temporary))))
+            told = self._from_main(step, lambda: self._commit(job, temporary, written))
+        except BaseException:
+            if self._world.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        path = self.root / told.pop("name")
+        self._whole.add(path)
+        if self._world.rank == 0:
+            self._remove_replaced(step, path)
+        # Described from what rank 0 said: another machine may see the new name a moment later.
+        return info_of(path, told)
+
+    def _exchange(self, job: Job, reports: list[Any]) -> list[Any] | None:
+        """Return what each rank holds where they differ; None where all hold the same, as in ddp."""
+        return None if len({r["digest"] for r in reports}) == 1 else self._world.gather_json([list(u) for u in job.held])
+
+    def _open_temporary(self, step: int, needed: int) -> str:
+        make_folder(self.root)
+        self._take_lock()
+        for name in os.listdir(self.root):
+            if name.startswith(TEMPORARY):
+                shutil.rmtree(self.root / name, ignore_errors=True)
+        free = shutil.disk_usage(self.root).free
+        if free < needed + _MARGIN:
+            raise CheckpointError(
+                f"the checkpoint takes {_human(needed)}, and {self.root} has {_human(free)} free. "
+                "Free some space, keep fewer checkpoints, or choose another root."
+            )
+        name = f"{TEMPORARY}{folder_name(step)}-{secrets.token_hex(4)}"
+        os.mkdir(self.root / name)
+        return name
+
+    def _commit(self, job: Job, temporary: Path, written: list[Any]) -> dict[str, Any]:
+        """Check that everything is there, write the manifest, rename; return what the others must know. On rank 0."""
+        tables = job.index(written)
+        for name, entry in tables["files"].items():
+            size = os.stat(temporary / name).st_size if os.path.lexists(temporary / name) else None
+            if size != entry["bytes"]:
+                raise CheckpointError(
+                    f"{name}, written by another rank, is not to be seen from rank 0 in {temporary} "
+                    f"({size} of {entry['bytes']} bytes). All ranks must see one folder: put the root on a shared file system."
+                )
+        sequence, revision = self._next(job.step)
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": job.step,
+            "sequence": sequence,
+            "meta": job.meta,
+            "world_size": job.size,
+            "torch": str(torch.__version__),
+            "drivetrain": _version(),
+            "saved_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            **tables,
+        }
+        write_bytes(temporary / MANIFEST, [memoryview(encode_manifest(content))])
+        sync_folder(temporary)
+        final = folder_name(job.step, revision)
+        # Rename last: a reader sees either no checkpoint or the whole one.
+        os.rename(temporary, self.root / final)
+        try:
+            sync_folder(self.root)
+        except OSError:
+            self._delete(self.root / final)  # nobody knows whether it would survive a power cut
+            raise
+        self._sequence = sequence
+        sizes = {name: {"bytes": entry["bytes"]} for name, entry in tables["files"].items()}
+        return {"name": final, "files": sizes} | {k: content[k] for k in ("step", "sequence", "meta", "world_size", "saved_at")}
+
+    def _next(self, step: int) -> tuple[int, int]:
+        """Return the sequence number and the folder's revision of the next commit."""
+        if self._sequence is None:  # read once: nobody else commits here while this process holds the lock
+            self._sequence = max((info.sequence for info in self.list()), default=0)
+        last = self.path_of(step)
+        named = parse_folder(last.name) if last else None
+        return self._sequence + 1, named[1] + 1 if named else 1
+
+    def _remove_replaced(self, step: int, path: Path) -> None:
+        for other in self._folders():
+            named = parse_folder(other.name)
+            if other != path and named and named[0] == step and not self._is_claimed(step, "resumed"):
+                self._delete(other)
+
+    # -- find and read ------------------------------------------------------------------------------------------------
+    def list(self) -> list[CheckpointInfo]:
+        """Return the committed checkpoints whose manifest can be read, oldest commit first. Their files are not read."""
+        return self._scan()[0]
+
+    def latest(self) -> CheckpointInfo | None:
+        """Return the newest whole checkpoint, every file checked (together); None where there is no checkpoint at all.
+
+        "Newest" is the last one committed: after a run went on from an older step, that is not the highest step.
+        Newer ones that are damaged are passed over: `notes` has a sentence for each.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none is whole.
+        """
+        infos, broken = self._world.broadcast_json(self._names() if self._world.rank == 0 else None)
+        notes: list[str] = []
+        for name in reversed(infos):
+            faults = self._faults_together(self.root / name)
+            if not faults:
+                info = info_of(self.root / name, read_manifest(self.root / name))
+                newer = [why for step, why in broken if step >= info.step]
+                self._whole.add(info.path)
+                return replace(info, notes=tuple(newer + notes))
+            notes.append(f"{name} was passed over: {faults[0]}")
+        notes = [why for _, why in broken] + notes
+        if notes:
+            listed = "\n  ".join(notes)
+            raise CheckpointError(
+                f"None of the {len(notes)} checkpoints in {self.root} is whole:\n  {listed}\n"
+                "Restore one from a copy, or start a new run under another name."
+            )
+        return None
+
+    def open(self, target: str | Path | int) -> Checkpoint:
+        """Open a checkpoint by step or path; just that one, whatever its state. It is protected from pruning.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or its manifest is damaged.
+        """
+        path = self._path_of(target)
+        checkpoint = Checkpoint(path)
+        if path.parent == self.root:
+            self._claims["resumed"] = {checkpoint.step}
+        return checkpoint
+
+    def verify(self, target: str | Path | int, *, full: bool = True) -> list[str]:
+        """Read every file and return what is wrong, one sentence each; empty when it is whole.
+
+        Args:
+            full: compare sha256 too; without it the crc32 of each chunk (about three times as fast).
+        """
+        try:
+            with Checkpoint(self._path_of(target)) as checkpoint:
+                return checkpoint.faults(full=full)
+        except CheckpointError as error:
+            return [str(error)]
+
+    def path_of(self, step: int) -> Path | None:
+        """Return the folder of `step`, the last one committed if it was saved again; None if there is none."""
+        own = [(named[1], path) for path in self._folders() if (named := parse_folder(path.name)) and named[0] == step]
+        return max(own)[1] if own else None
+
+    # -- keep and delete ----------------------------------------------------------------------------------------------
+    def protect(self, step: int, *, by: str = "user") -> None:
+        """Never delete `step` until the same `by` releases it. For this process only, like every claim."""
+        self._claims.setdefault(by, set()).add(step)
+
+    def release(self, step: int, *, by: str = "user") -> None:
+        self._claims.get(by, set()).discard(step)
+
+    def remove(self, steps: Iterable[int]) -> list[int]:
+        """Delete the checkpoints of `steps` (together; rank 0 does it); return the steps that had to stay.
+
+        A step stays that somebody protects or that was resumed from, and the last whole checkpoint always does.
+        """
+        wanted = set(steps)
+        kept = sorted(s for s in wanted if any(s in claimed for claimed in self._claims.values()))
+        wanted -= set(kept)
+        if self._world.rank == 0 and wanted:
+            folders = self._folders()
+            going = [path for path in folders if (parse_folder(path.name) or (None,))[0] in wanted]
+            stays = [path for path in folders if path not in going]
+            if not any(path in self._whole for path in stays) and not any(self._is_whole(path) for path in stays):
+                rescued = next((path for path in reversed(going) if self._is_whole(path)), None)
+                going = [path for path in going if path != rescued]
+                kept += [named[0]] if rescued and (named := parse_folder(rescued.name)) else []
+            for path in going:
+                self._delete(path)
+        return self._world.broadcast_json(kept)
+
+    def prune(self, keep: Keep) -> list[int]:
+        """Delete what no rule of `keep` names (together); return the steps that are gone. See `remove` for what stays."""
+        going: list[int] = []
+        if self._world.rank == 0 and (keep.last or keep.best or keep.every):
+            infos = self.list()
+            kept = {info.step for info in infos[len(infos) - keep.last :]} if keep.last else set[int]()
+            kept |= {info.step for info in infos if keep.every and info.step % keep.every == 0}
+            scored = [(score, info.step) for info in infos if (score := _score(info, keep.metric)) is not None]
+            kept |= {step for _, step in sorted(scored, reverse=keep.mode == "max")[: keep.best]}
+            going = sorted({info.step for info in infos} - kept)
+        going = self._world.broadcast_json(going)
+        stayed = self.remove(going)
+        return [step for step in going if step not in stayed]
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+    def _folders(self) -> list[Path]:
+        """Return the committed folders, by step. Links are none of ours."""
+        try:
+            with os.scandir(self.root) as entries:
+                found = [e.name for e in entries if parse_folder(e.name) and e.is_dir(follow_symlinks=False)]
+        except FileNotFoundError:
+            return []
+        return [self.root / name for name in sorted(found, key=lambda name: parse_folder(name) or (0, 0))]
+
+    def _scan(self) -> tuple[list[CheckpointInfo], list[tuple[int, str]]]:
+        """Return what has a readable manifest, oldest commit first, and (step, reason) of what has not."""
+        infos: list[CheckpointInfo] = []
+        broken: list[tuple[int, str]] = []
+        for path in self._folders():
+            try:
+                infos.append(info_of(path, read_manifest(path)))
+            except CheckpointError as error:
+                broken.append(((parse_folder(path.name) or (0, 0))[0], f"{path.name} was passed over: {error}"))
+        return sorted(infos, key=lambda info: (info.sequence, info.step)), broken
+
+    def _names(self) -> tuple[list[str], list[tuple[int, str]]]:
+        infos, broken = self._scan()
+        return [info.path.name for info in infos], broken
+
+    def _faults_together(self, path: Path) -> list[str]:
+        """Check a checkpoint's files, each rank its share."""
+        try:
+            with Checkpoint(path) as checkpoint:
+                own = list(checkpoint.manifest["files"])[self._world.rank :: self._world.size]
+                found = checkpoint.faults(files=own, full=False)
+        except CheckpointError as error:
+            found = [str(error)]
+        return [fault for faults in self._world.gather_json(found) for fault in faults]
+
+    def _path_of(self, target: str | Path | int) -> Path:
+        if isinstance(target, int):
+            path = self.path_of(target)
+            if path is None:
+                raise CheckpointError(f"There is no checkpoint of step {target} in {self.root}.{self._near()}")
+            return path
+        path = Path(target).expanduser()
+        path = path.resolve() if path.exists() else self.root / path
+        if path.is_file():
+            raise CheckpointError(
+                f"{path} is a file; a checkpoint is a folder with {MANIFEST}. Files of torch.save, Lightning or Hugging Face "
+                "are pickles and are not read: load their weights yourself with torch.load(..., weights_only=True)."
+            )
+        if not path.is_dir():
+            raise CheckpointError(f"There is no checkpoint at {Path(target).expanduser().absolute()}.{self._near()}")
+        if not (path / MANIFEST).exists():
+            inside = [found.name for found in CheckpointStore(path)._folders()]
+            what = f"it holds checkpoints; name one of them: {', '.join(inside)}" if inside else f"it has no {MANIFEST}"
+            raise CheckpointError(f"{path} is no checkpoint: {what}.{'' if inside else self._near()}")
+        return path
+
+    def _near(self) -> str:
+        names = [path.name for path in self._folders()]
+        return f" There are: {', '.join(names[-10:])}." if names else f" There is none in {self.root}."
+
+    def _is_whole(self, path: Path) -> bool:
+        if path not in self._whole and not self.verify(path, full=False):
+            self._whole.add(path)
+        return path in self._whole
+
+    def _is_claimed(self, step: int, by: str) -> bool:
+        return step in self._claims.get(by, set())
+
+    def _delete(self, path: Path) -> None:
+        """Delete a folder: first take its name away, so that a kill in between leaves no half checkpoint."""
+        self._whole.discard(path)
+        gone = self.root / f"{TEMPORARY}deleted-{path.name}-{secrets.token_hex(4)}"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def _take_lock(self) -> None:
+        """Keep other processes from saving here: they would delete each other's unfinished saves."""
+        if self._lock is not None or os.name == "nt":
+            return
+        import fcntl
+
+        descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                # A record lock, not flock: children of this process (loader workers) must not hold it after its death.
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    break  # this file system has no locks
+                if time.monotonic() > deadline:
+                    owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                    os.close(descriptor)
+                    raise CheckpointError(
+                        f"another process ({owner or 'unknown'}) is saving checkpoints in {self.root}. "
+                        "End it, or give this run another name."
+                    ) from None
+                time.sleep(0.1)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()}\n".encode(), 0)
+        self._lock = descriptor
+
+    def __del__(self) -> None:
+        if getattr(self, "_lock", None) is not None:
+            os.close(self._lock)  # type: ignore[arg-type]
+
+    # -- one outcome on all ranks -------------------------------------------------------------------------------------
+    def _try(self, action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+        try:
+            return action(), None
+        except Exception as error:
+            return None, error
+
+    def _agree(self, step: int, outcome: tuple[Any, Exception | None]) -> list[Any]:
+        """Tell each other how it went; return all reports, or raise on every rank what went wrong on any."""
+        result, error = outcome
+        told = {"failure": _describe(error) if error else None, "report": result}
+        answers = self._world.gather_json(told)
+        for rank, answer in enumerate(answers):
+            if answer["failure"]:
+                raise self._failure(step, rank, answer["failure"]) from (error if rank == self._world.rank else None)
+        return [answer["report"] for answer in answers]
+
+    def _from_main(self, step: int, action: Callable[[], T]) -> T:
+        """Do something on rank 0 and tell all ranks the result, or raise on all of them."""
+        result, error = self._try(action) if self._world.rank == 0 else (None, None)
+        told = self._world.broadcast_json({"failure": _describe(error) if error else None, "result": result})
+        if told["failure"]:
+            raise self._failure(step, 0, told["failure"]) from error
+        return told["result"]
+
+    def _failure(self, step: int, rank: int, failure: Mapping[str, str]) -> DrivetrainError:
+        where = f"[rank {rank}/{self._world.size}] " if self._world.size > 1 else ""
+        text = f"{where}Saving step {step} in {self.root} failed: {failure['text']}"
+        if failure["kind"] == "config":
+            return ConfigError(text)
+        return CheckpointError(f"{text}\nNothing was committed; the earlier checkpoints are untouched.")
+
+
+def _wait_for(folder: Path) -> Path:
+    """Return `folder` once it can be seen: another machine's view of a shared file system may lag behind."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{folder}, made by rank 0, is not to be seen here. All ranks must see one folder: "
+                "put the root on a shared file system."
+            )
+        time.sleep(0.05)
+    return folder
+
+
+def _describe(error: Exception) -> dict[str, str]:
+    text = str(error) if isinstance(error, DrivetrainError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        text += ". Free some space, keep fewer checkpoints, or choose another root."
+    return {"kind": "config" if isinstance(error, ConfigError) else "checkpoint", "text": text}
+
+
+def _score(info: CheckpointInfo, metric: str | None) -> float | None:
+    metrics = info.meta.get("metrics")
+    value = metrics.get(metric) if isinstance(metrics, Mapping) and metric else None
+    return float(value) if isinstance(value, int | float) and value == value else None
+
+
+def _human(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("drivetrain")
+    except PackageNotFoundError:
+        return "unknown"
