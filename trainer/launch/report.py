@@ -1,0 +1,224 @@
+"""How a process ends: its exit code, what it says about its error, and where the agent finds that.
+
+    an error reaches the top -> `report` -> the error file of the agent, if one started this process
+                                         -> torchrun's error file, so that its summary names the cause
+                                         -> else the screen
+Errors of wrong use are one paragraph; DRIVETRAIN_TRACEBACK=1 shows the whole. Read `report` first. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from ...strategies.environment import debug_tracebacks, read_environment
+from ...strategies.errors import DrivetrainError
+
+DONE = 0
+FAILED = 1
+WRONG_USE = 2
+CHECKPOINT_REFUSED = 3
+AGAIN = 75  # saved, and wants to be started again (EX_TEMPFAIL)
+INTERRUPTED = 130
+TERMINATED = 143
+
+# What a rank says when it only met the death of another one. From gloo, NCCL and the store.
+_CONSEQUENCE = re.compile(
+    r"connection (was )?(closed|reset|aborted) by peer|connection refused|broken pipe|socket closed|"
+    r"remote process exited|nccl ?remote|ncclremoteerror|nccl communicator was aborted|recvvalue failed|"
+    r"application timeout caused pair closure|store of rank 0 is gone",
+    re.IGNORECASE,
+)
+_ROOT = Path(__file__).resolve().parents[2]
+# Whose frames are not the user's: ours (this may be a checkout, with the user's examples beside it) and Python's.
+_NOT_USERS = (
+    *(f"{_ROOT / name}{os.sep}" for name in ("trainer", "strategies", "callbacks")),
+    os.path.dirname(os.__file__),
+    "<frozen",
+)
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """What a failing rank tells the agent, as JSON."""
+
+    rank: int
+    size: int
+    text: str  # to be shown as it is
+    exit_code: int
+    time: float  # time.time() when it was reported; one machine, so comparable between ranks
+    consequence: bool  # it only met the death of another rank
+
+
+def exit_code(error: BaseException | None) -> int:
+    """Return the code that a process ends with when `error` reached its top; 0 for None."""
+    if error is None:
+        return DONE
+    if isinstance(error, DrivetrainError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, SystemExit):
+        if error.code is None:
+            return DONE
+        return error.code & 0xFF if isinstance(error.code, int) else FAILED
+    return FAILED
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Did this rank fail only because another one had gone?"""
+    seen: BaseException | None = error
+    while seen is not None:
+        if _CONSEQUENCE.search(str(seen)):
+            return True
+        seen = seen.__cause__
+    return False
+
+
+def describe(error: BaseException, *, prefix: str = "") -> str:
+    """Return what the user sees of an error: one paragraph when the error is ours, else the traceback. Ends without newline.
+
+    Args:
+        prefix: before the line that names the error: "[rank 1/2] ".
+    """
+    only = "".join(traceback.TracebackException.from_exception(error).format_exception_only()).rstrip("\n")
+    if isinstance(error, DrivetrainError) and not debug_tracebacks():
+        if prefix and str(error).startswith("[rank "):
+            prefix = ""  # it names its rank itself
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        place = _place(error)
+        where = f"{place}; " if place else ""
+        return f"{prefix}{type(error).__name__}: {error}{notes} ({where}DRIVETRAIN_TRACEBACK=1 shows the traceback)"
+    if isinstance(error, KeyboardInterrupt):
+        return f"{prefix}KeyboardInterrupt"
+    whole = "".join(traceback.format_exception(type(error), error, _without_ours(error.__traceback__))).rstrip("\n")
+    return whole[: -len(only)] + prefix + only if whole.endswith(only) else f"{prefix}{whole}"
+
+
+def report(error: BaseException) -> int:
+    """Tell the agent, or the screen, that `error` ended this process; return the exit code. Never raises."""
+    code = exit_code(error)
+    if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        return code
+    prefix, rank, size = _who()
+    text = f"{prefix}{error.code}" if isinstance(error, SystemExit) else describe(error, prefix=prefix)
+    path = os.environ.get("DRIVETRAIN_ERROR_FILE")
+    if path:
+        told = ErrorReport(rank, size, text, code, time.time(), is_consequence(error))
+        try:
+            write_report(Path(path), told)
+        except OSError:
+            _say(text)
+        return code
+    elastic = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if elastic and "TORCHELASTIC_RUN_ID" in os.environ:
+        message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(elastic).write_text(json.dumps({"message": message}))
+    if prefix and is_consequence(error):
+        lines = [line for line in str(error).splitlines() if line]
+        text = f"{prefix}stopped because another rank had gone: {lines[-1] if lines else type(error).__name__}"
+    _say(text)
+    return code
+
+
+def report_and_exit(error: BaseException) -> NoReturn:
+    """Report `error` and end the process at once with its code, after the `atexit` functions.
+
+    At once: the interpreter's own shutdown waits for threads and destroys process groups, either of which may hang when
+    another rank is gone.
+    """
+    end(report(error))
+
+
+def end(code: int) -> NoReturn:
+    """Run the `atexit` functions, flush, and leave with `code`, whatever threads are still running."""
+    with contextlib.suppress(BaseException):
+        threading.Timer(5.0, os._exit, [code]).start()  # a function that hangs does not hold up the end
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BaseException):
+            stream.flush()
+    os._exit(code)
+
+
+def install_excepthook() -> None:
+    """From now on an uncaught error of ours ends the script with one paragraph and its exit code, not with a traceback and 1.
+
+    Only in a plain script: an excepthook that somebody else has set is left alone. A second call does nothing.
+    """
+    if sys.excepthook is sys.__excepthook__ and not hasattr(sys, "ps1"):
+        sys.excepthook = _excepthook
+
+
+def write_report(path: Path, told: ErrorReport) -> None:
+    """Write the error file; whole or not at all, since the agent may read at any moment. A first error is kept."""
+    if path.exists():
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(told)))
+    temporary.replace(path)
+
+
+def read_report(path: Path) -> ErrorReport | None:
+    """Read an error file; None when there is none."""
+    try:
+        return ErrorReport(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    launched = bool(_who()[0])
+    if launched or isinstance(error, DrivetrainError):
+        report_and_exit(error.with_traceback(trace))
+    sys.__excepthook__(kind, error, trace)
+
+
+def _who() -> tuple[str, int, int]:
+    """Return the prefix "[rank 1/2] " (empty when alone), the rank and the number of ranks."""
+    try:
+        env = read_environment()
+    except DrivetrainError:
+        return "", 0, 1
+    return (f"[rank {env.rank}/{env.size}] " if env.size > 1 else ""), env.rank, env.size
+
+
+def _place(error: BaseException) -> str:
+    """Return `train.py:12 in main`: the last line of the user's own code on the way to the error."""
+    user = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(_NOT_USERS) and f"{os.sep}site-packages{os.sep}" not in frame.filename
+    ]
+    if not user:
+        return ""
+    return f"{os.path.basename(user[-1].filename)}:{user[-1].lineno} in {user[-1].name}"
+
+
+def _without_ours(trace: TracebackType | None) -> TracebackType | None:
+    """Drop the frames that start the script: the user's own file comes first, as if it had been started alone."""
+    while trace is not None and trace.tb_next is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if not (file.startswith(os.path.dirname(__file__)) or file == "<frozen runpy>" or file.endswith("runpy.py")):
+            break
+        trace = trace.tb_next
+    return trace
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(BaseException):
+        sys.stdout.flush()
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
