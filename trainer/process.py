@@ -42,7 +42,8 @@ class SignalHandlers:
     """A context in which SIGTERM, SIGINT and SIGUSR1 ask all ranks to save and leave, through `control`.
 
     Leaving it puts the old handlers back. In another thread than the main one Python allows no handlers: then it does
-    nothing (`installed` is False). A signal that is ignored when it begins (`nohup`) stays ignored. Contexts may be nested: the innermost rules.
+    nothing (`installed` is False). A signal that is ignored when it begins (`nohup`) stays ignored. Contexts may be nested: the
+    innermost rules.
     """
 
     def __init__(self, control: Control) -> None:

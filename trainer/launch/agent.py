@@ -341,9 +341,9 @@ def _tell(ended: Ended, ranks: list[Rank], folder: Path, *, keep: bool) -> int:
             _say(f"Stopped by {ended.stopped_by}.")
         return ended.code
     logs = [rank.log_file for rank in ranks if rank.log_file is not None and rank.log_file.exists()]
-    logs = [log for log in logs if log.stat().st_size]
+    logs = [log.resolve() for log in logs if log.stat().st_size]  # a rank may have moved its log to the run folder
     if logs:
-        if keep:
+        if keep and any(log.parent == folder.resolve() for log in logs):
             (folder / "kept").touch()
         _say(f"Output of the other ranks: {' '.join(str(log) for log in logs)}")
     if len(ranks) > 1:
