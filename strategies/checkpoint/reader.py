@@ -228,7 +228,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: {name!r} has shape {full}; there is no slice of {shape} at {offset}.")
         kind = DTYPES[entry["dtype"]][0]
         try:
-            out = torch.empty(shape, dtype=kind)
+            out = _empty(shape, kind)
         except (RuntimeError, TypeError) as error:  # no memory; or 0 elements in a shape that overflows
             raise CheckpointError(f"{self.path}: no memory for {name!r} of shape {shape}: {error}") from None
         if count(shape) == 0:
@@ -252,7 +252,7 @@ class Checkpoint:
             return
         # Rows of dimension 0 lie one after the other: read those that are wanted, cut the rest in memory.
         first, last = (low[0] - corner[0], high[0] - corner[0]) if shape else (0, 1)
-        rows = torch.empty([last - first, *shape[1:]], dtype=out.dtype)
+        rows = _empty([last - first, *shape[1:]], out.dtype)
         file.read_into(start + num_bytes(dtype, [first, *shape[1:]]), bytes_of(rows))
         box = (slice(None), *(slice(a - c, b - c) for a, b, c in zip(low[1:], high[1:], corner[1:], strict=True)))
         target = tuple(slice(a - c, b - c) for a, b, c in zip(low, high, at, strict=True))
@@ -260,6 +260,11 @@ class Checkpoint:
         size = out.element_size()
         flat_out, flat_rows = _as_bytes(out, size), _as_bytes(rows, size)
         flat_out[target] = flat_rows[box]
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return memory for a tensor. By way of bytes: torch.empty warns of some types, which is not the reader's business."""
+    return torch.empty(count(shape) * dtype.itemsize, dtype=torch.uint8).view(dtype).view(list(shape))
 
 
 def _as_bytes(tensor: Tensor, size: int) -> Tensor:

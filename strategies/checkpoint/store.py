@@ -44,6 +44,7 @@ from .layout import (
     parse_folder,
     read_manifest,
 )
+from .lock import FolderLock
 from .reader import Checkpoint
 from .writer import make_folder, sync_folder, write_bytes
 
@@ -104,7 +105,7 @@ class CheckpointStore:
         self._whole: set[Path] = set()  # seen to be whole by this process
         self._claims: dict[str, set[int]] = {}  # who -> the steps that they need
         self._sequence: int | None = None  # of the last commit
-        self._lock: int | None = None
+        self._lock: FolderLock | None = None
 
     # -- save ---------------------------------------------------------------------------------------------------------
     def save(
@@ -156,7 +157,8 @@ class CheckpointStore:
 
     def _open_temporary(self, step: int, needed: int) -> str:
         make_folder(self.root)
-        self._take_lock()
+        if self._lock is None:
+            self._lock = FolderLock(self.root / LOCK, _PATIENCE_S)
         for name in os.listdir(self.root):
             if name.startswith(TEMPORARY):
                 shutil.rmtree(self.root / name, ignore_errors=True)
@@ -400,38 +402,6 @@ class CheckpointStore:
         with contextlib.suppress(FileNotFoundError):
             os.rename(path, gone)
             shutil.rmtree(gone, ignore_errors=True)
-
-    def _take_lock(self) -> None:
-        """Keep other processes from saving here: they would delete each other's unfinished saves."""
-        if self._lock is not None or os.name == "nt":
-            return
-        import fcntl
-
-        descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        deadline = time.monotonic() + _PATIENCE_S
-        while True:
-            try:
-                # A record lock, not flock: children of this process (loader workers) must not hold it after its death.
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    break  # this file system has no locks
-                if time.monotonic() > deadline:
-                    owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-                    os.close(descriptor)
-                    raise CheckpointError(
-                        f"another process ({owner or 'unknown'}) is saving checkpoints in {self.root}. "
-                        "End it, or give this run another name."
-                    ) from None
-                time.sleep(0.1)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()}\n".encode(), 0)
-        self._lock = descriptor
-
-    def __del__(self) -> None:
-        if getattr(self, "_lock", None) is not None:
-            os.close(self._lock)  # type: ignore[arg-type]
 
     # -- one outcome on all ranks -------------------------------------------------------------------------------------
     def _try(self, action: Callable[[], T]) -> tuple[T | None, Exception | None]:
