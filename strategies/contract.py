@@ -1,0 +1,324 @@
+"""The conformance suite: does a strategy (or precision) give the numbers of one plain PyTorch loop? Also for third parties.
+
+    def test_mine(ranks):
+        ranks(2, check)                           # any launcher will do: every rank calls it
+
+    def check():
+        world = World.start()
+        check_strategy(MyStrategy, world)         # raises ContractError with the table of all cases
+
+Each case trains a tiny model for some steps by the strategy's own methods (base.py lists their order) and by `plain_loop`, which
+knows nothing of us, on the same global batches. What is compared: the loss of every step, all weights at the end, and the state
+taken in the middle, given to a fresh strategy that goes on. The limits are those of the promise: float64 losses 1e-12 and weights
+1e-10; fp32 losses 1e-6 and (SGD) weights 1e-5, all relative.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Strategy
+from .errors import ConfigError, DrivetrainError
+
+if TYPE_CHECKING:
+    from .precision.base import Precision
+    from .world import World
+
+__all__ = ["CASES", "Case", "ContractError", "Result", "check_precision", "check_strategy", "plain_loop", "run_case"]
+
+_SAMPLES = 8  # of a micro-batch over all ranks
+_FEATURES, _CLASSES, _LENGTH = 6, 5, 7
+
+
+class ContractError(DrivetrainError, AssertionError):
+    """A strategy does not give the numbers of a plain loop. The message is the table of cases."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the suite.
+
+    Attributes:
+        window: micro-batches a step. The data end in the middle of the last window, and in the middle of a micro-batch.
+        num_items: the loss is a sum over tokens, whose number differs between samples.
+        models: 2 trains two models jointly, each with its own optimizer, on the sum of their losses.
+    """
+
+    name: str
+    dtype: torch.dtype = torch.float64
+    optimizer: str = "sgd"
+    window: int = 1
+    clip: float | None = None
+    num_items: bool = False
+    models: int = 1
+    steps: int = 50
+
+    @property
+    def tolerance(self) -> tuple[float, float]:
+        """Relative limits of losses and weights; under fp32 AdamW weights are not compared (amplified rounding)."""
+        if self.dtype == torch.float64:
+            return 1e-12, 1e-10
+        return 1e-6, 1e-5 if self.optimizer == "sgd" else float("inf")
+
+
+def _cases() -> Iterator[Case]:
+    for dtype, tag in ((torch.float64, "float64"), (torch.float32, "fp32")):
+        for optimizer in ("sgd", "adamw"):
+            base = Case(f"{tag} {optimizer}", dtype, optimizer)
+            yield base
+            yield replace(base, name=f"{base.name} window 3, cut short", window=3)
+            yield replace(base, name=f"{base.name} window 3, clipped", window=3, clip=0.05)
+            yield replace(base, name=f"{base.name} window 3, num_items", window=3, num_items=True)
+            yield replace(base, name=f"{base.name} num_items, clipped", num_items=True, clip=0.05)
+            yield replace(base, name=f"{base.name} two models", models=2)
+
+
+CASES: tuple[Case, ...] = tuple(_cases())
+
+
+@dataclass
+class Result:
+    """What came of a case: "pass", "refused" with the sentence, or "fail" with the figure."""
+
+    case: Case
+    outcome: str
+    detail: str = ""
+    loss_error: float = 0.0
+    weight_error: float = 0.0
+
+
+@dataclass
+class Trained:
+    """The loss of every step and the weights at the end."""
+
+    losses: list[float] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Tiny(nn.Module):
+    """Two layers and a parameter that the module holds itself; `step` is what a training step would be."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.first = nn.Linear(_FEATURES, 16)
+        self.norm = nn.LayerNorm(16)
+        self.second = nn.Linear(16, _CLASSES)
+        self.temperature = nn.Parameter(torch.ones(1))
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).float() * 0.3 + 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.gelu(self.norm(self.first(x)))) * self.temperature
+
+    def step(self, batch: Mapping[str, Tensor], summed: bool) -> Tensor:
+        """The mean (or summed) cross entropy over the tokens that are not padding."""
+        logits = self(batch["x"]).flatten(0, 1)
+        return F.cross_entropy(logits, batch["y"].flatten(), ignore_index=-1, reduction="sum" if summed else "mean")
+
+
+def micro_batch(index: int, case: Case, samples: int = _SAMPLES) -> dict[str, Tensor]:
+    """The global micro-batch of `index`: x (samples, length, features), y (samples, length), -1 where there is no token."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    x = torch.randn(samples, _LENGTH, _FEATURES, generator=generator, dtype=torch.float64).to(case.dtype)
+    y = torch.randint(0, _CLASSES, (samples, _LENGTH), generator=generator)
+    if case.num_items:
+        lengths = torch.randint(1, _LENGTH + 1, (samples, 1), generator=generator)
+        y[torch.arange(_LENGTH).expand(samples, -1) >= lengths] = -1
+    return {"x": x, "y": y}
+
+
+def windows(case: Case) -> Iterator[list[dict[str, Tensor]]]:
+    """The windows of the case; the last one is cut short, and its last micro-batch holds half the samples."""
+    for step in range(case.steps):
+        last = step == case.steps - 1
+        held = max(1, case.window - 1) if last else case.window
+        found = [micro_batch(step * case.window + i, case) for i in range(held)]
+        if last:
+            found[-1] = {key: value[: _SAMPLES // 2] for key, value in found[-1].items()}
+        yield found
+
+
+def _build(case: Case) -> tuple[dict[str, nn.Module], Callable[[Mapping[str, nn.Module]], list[torch.optim.Optimizer]]]:
+    models: dict[str, nn.Module] = {("model" if i == 0 else f"model_{i}"): Tiny(i).to(case.dtype) for i in range(case.models)}
+    kind: Any = torch.optim.SGD if case.optimizer == "sgd" else torch.optim.AdamW
+    options = {"lr": 0.05, "momentum": 0.9} if case.optimizer == "sgd" else {"lr": 2e-3}
+    return models, lambda built: [kind(model.parameters(), **options) for model in built.values()]
+
+
+def plain_loop(case: Case) -> Trained:
+    """Train `case` by plain PyTorch in one process, each window as one big batch."""
+    models, make_optimizers = _build(case)
+    optimizers = make_optimizers(models)
+    found = Trained()
+    for window in windows(case):
+        batch = {key: torch.cat([micro[key] for micro in window]) for key in window[0]}
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = torch.stack([m.step(batch, False) for m in models.values()]).sum()  # pyright: ignore[reportCallIssue]
+        loss.backward()
+        for model, optimizer in zip(models.values(), optimizers, strict=True):
+            if case.clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), case.clip)
+            optimizer.step()
+        found.losses.append(loss.item())
+    found.weights = {f"{n}/{k}": p.detach() for n, m in models.items() for k, p in m.state_dict().items()}
+    return found
+
+
+def run_case(make: Callable[[], Strategy], world: World, case: Case, *, resume_at: int | None = None) -> Trained:
+    """Train `case` with the strategy that `make` returns; with `resume_at`, in two strategies, by the state of the first."""
+    found = Trained()
+    state: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+    all_windows = list(windows(case))
+    parts = [all_windows] if resume_at is None else [all_windows[:resume_at], all_windows[resume_at:]]
+    for part in parts:
+        strategy = make()
+        strategy.start(world)
+        state, weights = _train_part(strategy, world, case, part, state, found.losses)
+        found.weights = weights
+        strategy.stop()
+    return found
+
+
+def _train_part(
+    strategy: Strategy,
+    world: World,
+    case: Case,
+    part: Sequence[list[dict[str, Tensor]]],
+    state: tuple[dict[str, Tensor], dict[str, Any]] | None,
+    losses: list[float],
+) -> tuple[tuple[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]:
+    models, make_optimizers = _build(case)
+    prepared, optimizers = strategy.prepare(models, lambda: make_optimizers(models))
+    named = {("optimizer" if i == 0 else f"optimizer_{i}"): o for i, o in enumerate(optimizers)}
+    if state is not None:
+        strategy.load_state_tensors(models, named, list(state[0]), state[0].__getitem__, state[1])
+    steps = [strategy.bind(model, "step") for model in models.values()]
+    for window in part:
+        losses.append(_one_step(strategy, world, case, window, models, prepared, optimizers, steps))
+    tensors, values = strategy.state_tensors(models, named)
+    weights = {n.removeprefix("model/"): t.detach().clone() for n, t in tensors.items() if n.startswith("model/")}
+    return ({n: t.detach().clone() for n, t in tensors.items()}, copy.deepcopy(values)), weights
+
+
+def _one_step(
+    strategy: Strategy,
+    world: World,
+    case: Case,
+    window: Sequence[dict[str, Tensor]],
+    models: Mapping[str, nn.Module],
+    prepared: Mapping[str, nn.Module],
+    optimizers: Sequence[Any],
+    steps: Sequence[Callable[..., Tensor]],
+) -> float:
+    """One optimizer step: every micro-loss weighted by its share of the window's tokens, over all ranks."""
+    rank, count = strategy.data_shard
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    items = sum(int((micro["y"] != -1).sum()) for micro in window)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, micro in enumerate(window):
+        mine = {key: value.tensor_split(count)[rank].to(strategy.device) for key, value in micro.items()}
+        if strategy.reduces_gradients:
+            strategy.set_gradient_sync(list(prepared.values()), i == len(window) - 1)
+        loss = torch.stack([step(mine, True) for step in steps]).sum()
+        strategy.backward(loss * (count / items))
+        total += loss.detach().to("cpu", torch.float64)
+    for model, optimizer in zip(models.values(), optimizers, strict=True):
+        parameters = list(model.parameters())
+        if case.clip is not None:
+            norm = strategy.grad_norm(parameters)
+            strategy.scale_gradients(parameters, (case.clip / (norm + 1e-6)).clamp(max=1.0))
+        strategy.step(optimizer)
+    if count > 1:
+        total = world.all_reduce(total)
+    return float(total) / items
+
+
+def check_strategy(make: Callable[[], Strategy], world: World, *, cases: Sequence[Case] = CASES) -> list[Result]:
+    """Run every case; return the results. Every rank calls it.
+
+    A ConfigError from the strategy is a refusal: it must say why in a sentence, and counts as an outcome of its own.
+    Raises:
+        ContractError: a case fails; the message is the whole table.
+    """
+    results = [_check_case(make, world, case) for case in cases]
+    if any(r.outcome == "fail" for r in results):
+        raise ContractError("\n" + table(results))
+    return results
+
+
+def _check_case(make: Callable[[], Strategy], world: World, case: Case) -> Result:
+    truth = plain_loop(case)
+    try:
+        straight = run_case(make, world, case)
+        resumed = run_case(make, world, case, resume_at=case.steps // 2)
+    except ConfigError as refusal:
+        return Result(case, "refused", str(refusal))
+    loss_limit, weight_limit = case.tolerance
+    losses = max(abs(a - b) / max(abs(b), 1e-30) for a, b in zip(straight.losses, truth.losses, strict=True))
+    weights = max(_distance(straight.weights[n], truth.weights[n]) for n in truth.weights)
+    result = Result(case, "pass", "", losses, weights)
+    if losses > loss_limit or weights > weight_limit:
+        result.outcome, result.detail = "fail", f"limits {loss_limit:g} and {weight_limit:g}"
+    elif resumed.losses != straight.losses or any(not torch.equal(resumed.weights[n], w) for n, w in straight.weights.items()):
+        result.outcome, result.detail = "fail", "a run that was saved and loaded half-way gives other numbers, bit for bit"
+    return result
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    scale = max(float(b.double().abs().max()), 1e-30)
+    return float((a.to(b.device, torch.float64) - b.double()).abs().max()) / scale
+
+
+def check_precision(precision: Precision, world: World, *, steps: int = 20, tolerance: float = 0.05) -> Trained:
+    """Train with a low `precision` on one device: near fp32 within `tolerance` (relative, every step), and not equal to it.
+
+    Equal losses mean that the precision does nothing, which is the classic fault of such a backend.
+    Raises:
+        ContractError: too far, or equal.
+    """
+    case = Case(precision.name, torch.float32, "adamw", steps=steps)
+    truth = plain_loop(case)
+    strategy = Strategy(precision=precision)
+    strategy.start(world)
+    models, make_optimizers = _build(case)
+    _, optimizers = strategy.prepare(models, lambda: make_optimizers(models))
+    found = Trained()
+    step = strategy.bind(models["model"], "step")
+    for window in windows(case):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with precision.autocast(world.device):
+            loss = step(
+                {k: v.to(precision.param_dtype or v.dtype) if v.is_floating_point() else v for k, v in window[0].items()}, False
+            )
+        strategy.backward(precision.scale(loss))
+        for optimizer in optimizers:
+            strategy.unscale_(optimizer)
+            strategy.step(optimizer)
+        found.losses.append(float(loss.detach()))
+    strategy.stop()
+    worst = max(abs(a - b) / abs(b) for a, b in zip(found.losses, truth.losses, strict=True))
+    if worst > tolerance:
+        raise ContractError(f"{precision.name}: a loss is {worst:.3g} away from fp32's, relative; the limit is {tolerance:g}.")
+    if found.losses == truth.losses and precision.name != "fp32":
+        raise ContractError(f"{precision.name}: all {steps} losses equal fp32's, bit for bit: the precision does nothing.")
+    return found
+
+
+def table(results: Sequence[Result]) -> str:
+    """Return one line a case."""
+    width = max(len(r.case.name) for r in results)
+    return "\n".join(
+        f"{r.case.name:<{width}}  {r.outcome:<8} loss {r.loss_error:.1e}  weights {r.weight_error:.1e}  {r.detail}"
+        for r in results
+    )
