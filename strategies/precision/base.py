@@ -1,7 +1,8 @@
 """Precision: in which number formats a model computes. The base class is fp32 (or whatever the parameters are).
 
-A strategy carries one `Precision` and asks it, in this order: `available` (before anything is built), `convert` (the model, before
-it is sharded), `autocast` (around the step), `scale` (the loss), `unscale_` (before clipping), `step` (the optimizer).
+A strategy carries one `Precision` and asks it, in this order: `available` (before anything is built), `convert` (the model,
+before it is sharded), `convert_input` (a batch), `autocast` (around the step), `scale` (the loss), `unscale_` (before clipping),
+`step` (the optimizer).
 The base class does nothing at each of these points, and the accelerator does not even call what is not overridden.
 """
 
@@ -31,6 +32,10 @@ class Precision:
     def convert(self, model: nn.Module) -> nn.Module:
         """Cast or swap modules before the model is moved and sharded; return the model."""
         return model
+
+    def convert_input(self, data: Any) -> Any:
+        """Return a batch with its floating tensors in the dtype of the parameters. Called only where `param_dtype` is set."""
+        return data
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """Return the context in which a step runs. Called only where `autocast_dtype` is set."""
