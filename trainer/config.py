@@ -1,0 +1,114 @@
+"""Arguments: the peers' spellings, checks with a did-you-mean, and what "auto" means, each in one place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..strategies.base import Strategy, make_precision, make_strategy
+from ..strategies.errors import ConfigError, UnknownName, suggest
+from ..strategies.precision.base import Precision
+
+if TYPE_CHECKING:
+    from ..strategies.world import World
+
+# Where the meaning is equal, the peers' argument is accepted: class -> their name -> ours.
+ALIASES: Mapping[str, Mapping[str, str]] = {
+    "Accelerator": {
+        "mixed_precision": "precision",
+        "cpu": "device",
+        "project_config": "project_dir",
+        "logging_dir": "project_dir",
+    },
+    "Trainer": {
+        "ckpt_path": "resume",
+        "resume_from_checkpoint": "resume",
+        "logger": "loggers",
+        "default_root_dir": "root",
+        "gradient_accumulation_steps": "accumulate_grad_batches",
+        "max_grad_norm": "gradient_clip_val",
+        "mixed_precision": "precision",
+        "accelerator": "device",
+        "num_train_epochs": "max_epochs",
+    },
+    "log": {"reduce_fx": "reduce", "sync_dist": "sync"},
+}
+
+
+def resolve_peers(cls: Callable[..., Any], name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `given`, arguments that `cls` (a class or function) has no parameter for, under our names.
+
+    Raises:
+        UnknownName: an argument that is neither ours nor a peer's; the nearest is named.
+    """
+    aliases = ALIASES[name]
+    resolved: dict[str, Any] = {}
+    for key, value in given.items():
+        ours = aliases.get(key)
+        if ours is None:
+            known = [p for p in inspect.signature(cls).parameters if p not in ("self", "peers")]
+            raise UnknownName(f"{name} has no argument {key!r}.{suggest(key, [*known, *aliases])} Known: {', '.join(known)}.")
+        resolved[ours] = _translate(key, value)
+    return resolved
+
+
+def _translate(key: str, value: Any) -> Any:
+    if key == "cpu":
+        return "cpu" if value else "auto"
+    if key == "project_config":
+        return value if isinstance(value, str) else getattr(value, "project_dir", value)
+    return value
+
+
+def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse a `value` that is none of `choices`."""
+    if value not in choices:
+        raise UnknownName(f"{argument}={value!r} is not known.{suggest(str(value), choices)} Known: {', '.join(choices)}.")
+
+
+def check_at_least(argument: str, value: Any, least: int) -> None:
+    """Refuse a `value` that is not a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{argument} must be a whole number of at least {least}, got {value!r}.")
+
+
+def choose_strategy(strategy: str | Strategy, world: World, precision: Precision | None) -> tuple[Strategy, str]:
+    """Return the strategy and the reason for it, with `precision` given to it where it has none of its own.
+
+    Raises:
+        ConfigError: both the strategy object and the run name a precision, and they differ.
+    """
+    if strategy == "auto":
+        name = "single" if world.size == 1 else "ddp"
+        reason = "chosen: one process" if world.size == 1 else f"chosen: {world.size} processes, the whole model fits each"
+        made = make_strategy(name)
+    else:
+        made, reason = make_strategy(strategy), "asked for"
+    _give_precision(made, precision)
+    return made, reason
+
+
+def start_strategies(
+    models: Mapping[str, str | Strategy] | None, world: World, precision: Precision | None
+) -> dict[str, Strategy]:
+    """Make and start the strategy of each named model."""
+    started: dict[str, Strategy] = {}
+    for name, strategy in (models or {}).items():
+        made = choose_strategy(strategy, world, None)[0]
+        if made.precision is None and precision is not None:
+            made.precision = precision
+        made.start(world)
+        started[name] = made
+    return started
+
+
+def _give_precision(strategy: Strategy, precision: Precision | None) -> None:
+    if precision is None:
+        return
+    if strategy.precision is not None and strategy.precision.name != precision.name:
+        raise ConfigError(
+            f"The run asks for precision {precision.name!r} and its strategy {strategy!r} for {strategy.precision.name!r}. Name it once."
+        )
+    if strategy.precision is None:
+        strategy.precision = make_precision(precision)

@@ -1,0 +1,124 @@
+"""What a run has when nothing else was asked for: its accelerator, callbacks, loggers and store; and its start-up lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..callbacks.base import Callback
+from ..callbacks.runner import check_callbacks
+from ..strategies.world import World
+from .accelerator import Accelerator
+
+if TYPE_CHECKING:
+    from ..strategies.checkpoint.store import CheckpointStore
+    from .module import TrainingModule
+    from .trainer import Trainer
+
+__all__ = ["announce", "callbacks", "loggers", "make_accelerator", "mark_finished", "show_results", "store", "writes"]
+
+
+def make_accelerator(trainer: Trainer) -> Accelerator:
+    """Start the world, and the accelerator of this trainer in it."""
+    options = trainer.options
+    world = World.start(options["device"])
+    seed = options["seed"]
+    if seed is None:  # the order of the data follows torch's own seed, the same on all ranks
+        seed = world.broadcast_json(torch.initial_seed() % 2**31)
+    accelerator = Accelerator(
+        strategy=trainer.strategy_asked,
+        precision=trainer.precision_asked,
+        models=options["models"],
+        gradient_accumulation_steps=options["accumulate_grad_batches"],
+        dataloader_config=options["dataloader_config"],
+        seed=seed,
+        nonfinite=options["nonfinite"],
+        world=world,
+    )
+    accelerator._owns_world = True
+    return accelerator
+
+
+def writes(trainer: Trainer) -> bool:
+    """Whether this run leaves files: a fast_dev_run does not."""
+    return not trainer.fast_dev_run
+
+
+def callbacks(trainer: Trainer, module: TrainingModule) -> list[Callback]:
+    """Return the run's callbacks: those given, the module's own, and the default ones that are not there yet."""
+    options = trainer.options
+    given = check_callbacks(
+        [*options["callbacks"], *module.configure_callbacks()] if options["callbacks"] else module.configure_callbacks()
+    )
+    found = list(given)
+    if options["enable_model_summary"]:
+        from ..callbacks.summary import ModelSummary
+
+        _add(found, ModelSummary)
+    if options["enable_progress_bar"]:
+        from ..callbacks.progress import ProgressBar
+
+        _add(found, ProgressBar)
+    if options["enable_checkpointing"] and writes(trainer):
+        from ..callbacks.checkpoint import Checkpoint
+
+        _add(found, Checkpoint)
+    return found
+
+
+def _add(found: list[Callback], kind: type[Callback]) -> None:
+    if not any(isinstance(c, kind) for c in found):
+        found.append(kind())
+
+
+def loggers(trainer: Trainer) -> list[Any]:
+    """Return the loggers that were asked for, by name or as objects; none where nothing is written."""
+    return trainer.options["loggers"] if writes(trainer) else []
+
+
+def store(trainer: Trainer) -> CheckpointStore:
+    """Return the store of the run's checkpoints."""
+    from ..strategies.checkpoint.store import CheckpointStore
+
+    assert trainer.run_folder is not None
+    return CheckpointStore(trainer.run_folder.checkpoints, trainer.world)
+
+
+def announce(trainer: Trainer) -> None:
+    """Print the start-up lines: what was chosen, and why."""
+    from ..callbacks.summary import startup_lines
+
+    if not trainer.world.is_main:
+        return
+    accelerator, folder, window = trainer.accelerator, trainer.run_folder, trainer.accelerator.window
+    assert folder is not None
+    ranks = trainer.world.size
+    parameters = sum(p.numel() for m in accelerator.models.values() for p in m.parameters())
+    samples = trainer.train_loader.batch_samples
+    batch = f"{samples * window.size} samples a step" if samples else f"{window.size} batches a step"
+    resumed = f"step {trainer.progress.global_step}" if trainer.is_resumed else "new run"
+    items = [
+        ("device", str(trainer.world.device), f"{ranks} process{'es' if ranks > 1 else ''}"),
+        ("strategy", trainer.strategy.name, accelerator.strategy_reason),
+        ("precision", trainer.precision.name, "asked for" if trainer.precision_asked is not None else "default"),
+        ("batch", batch, f"{window.size} micro-batch{'es' if window.size > 1 else ''} x {ranks} rank{'s' if ranks > 1 else ''}"),
+        ("parameters", f"{parameters:,}", ""),
+        ("run", str(folder.path), "; ".join([resumed, *folder.notes])),
+    ]
+    print(startup_lines(items), flush=True)
+
+
+def show_results(trainer: Trainer, stage: str, values: Mapping[str, float]) -> None:
+    """Print what an evaluation found, one line a value."""
+    if trainer.world.is_main and trainer.options["enable_progress_bar"]:
+        for name, value in values.items():
+            print(f"{stage}  {name}  {value:.6g}", flush=True)
+
+
+def mark_finished(trainer: Trainer) -> None:
+    """Leave a mark in the run's folder that it came to its end, so that a later run of that name says nothing about it."""
+    folder = trainer.run_folder
+    if folder is not None and writes(trainer) and trainer.world.is_main and not trainer.leaving:
+        (folder.path / "finished").touch()

@@ -1,0 +1,197 @@
+"""The training loop: epochs over batches, windows over steps. What one batch does is `_epoch`, and nothing else.
+
+    for batch in loader:
+        with accelerator.accumulate():
+            (first micro-batch of a window)  zero_grad
+            accelerator.forward_backward(training_step, batch, batch_idx)
+            (last micro-batch of a window)   clip, step, schedule            `_finish_window`
+        (after a step)  log point, validation, checkpoint moment, stop       `_after_step`, only when one of them is due
+
+Everything that is due at some later step is known ahead as one number, `_next_event`, so that a step on which nothing happens
+costs one comparison. A hook that nobody overrode is an empty tuple and costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ...strategies.errors import DataError
+
+if TYPE_CHECKING:
+    from ..trainer import Trainer
+
+__all__ = ["TrainLoop"]
+
+_NEVER = 1 << 62
+
+
+class TrainLoop:
+    """Runs `Trainer.fit` from the position in `trainer.progress` to its end."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.progress = trainer.progress
+        self.accelerator = trainer.accelerator
+        self.module = trainer.module
+        self.loader = trainer.train_loader
+        self.hooks = trainer.hooks
+        self.metrics = trainer.train_metrics
+        self.automatic = self.module.automatic_optimization
+        self._next_event = 0
+        self._log_due = False
+        self._reported_empty = False
+
+    def run(self) -> None:
+        """Train until an epoch, step or time limit, a stop request, or the end of what the loader gives."""
+        trainer, progress = self.trainer, self.progress
+        self._plan_events()
+        trainer.clock.start()
+        while not trainer.should_stop and not trainer.reached_limit():
+            if not trainer.resumed_mid_epoch:
+                self.loader.set_epoch(progress.epoch)
+                self.hooks.call("on_train_epoch_start")
+            ended = self._epoch(trainer.take_resumed_mid_epoch())
+            if ended:
+                self._end_epoch()
+
+    def _epoch(self, resumed: bool) -> bool:
+        """Train over the rest of the epoch; return False when it was broken off by a limit or a stop."""
+        trainer, progress, accelerator, module = self.trainer, self.progress, self.accelerator, self.module
+        loader, hooks, metrics, window = self.loader, self.hooks, self.metrics, accelerator.window
+        optimizers, step, control = list(accelerator.optimizers.values()), module.training_step, accelerator.world.control
+        batch_start, batch_end, automatic = hooks.on_train_batch_start, hooks.on_train_batch_end, self.automatic
+        log_every, several, checks_time = trainer.log_every_n_steps, accelerator.world.size > 1, trainer.clock.limit is not None
+        max_steps = _NEVER if trainer.max_steps is None else trainer.max_steps
+        before = progress.batches
+        for batch in loader:
+            batch_idx = progress.batch_in_epoch
+            if batch_start and self._any_skips(batch_start, batch, batch_idx):
+                return True
+            with accelerator.accumulate():
+                if window.index == 1:
+                    self._log_due = log_every > 0 and (progress.global_step + 1) % log_every == 0
+                    metrics.window = progress.global_step
+                    if automatic:
+                        for optimizer in optimizers:
+                            for hook in hooks.on_before_zero_grad:
+                                hook(optimizer)
+                            optimizer.optimizer.zero_grad()
+                metrics.batch_samples = loader.num_samples
+                output = (
+                    accelerator.forward_backward(step, batch, batch_idx) if automatic else self._manual_step(batch, batch_idx)
+                )
+                progress.batches += 1
+                progress.batch_in_epoch += 1
+                progress.samples += loader.global_samples
+                if self._log_due:
+                    self._log_loss(output)
+                if window.sync:
+                    self._finish_window(optimizers)
+            for hook in batch_end:
+                hook(output, batch, batch_idx)
+            if window.sync:
+                if progress.global_step >= self._next_event:
+                    self._after_step()
+                if checks_time:
+                    trainer.clock.check(control)
+                code = control.tick(progress.batches) if several or control.requested else 0
+                if code:
+                    trainer.obey(code)
+                if trainer.pending_saves:
+                    trainer.write_pending_saves()
+                if trainer.should_stop or progress.global_step >= max_steps:
+                    return loader.is_last and not trainer.leaving
+        if progress.batches == before and not resumed:
+            raise DataError(
+                f"The training loader gave no batch in epoch {progress.epoch}. Expected at least one. Is the data set empty, smaller "
+                "than one batch with drop_last=True, or an iterator that was used up in the epoch before?"
+            )
+        return True
+
+    def _any_skips(self, hooks: Any, batch: Any, batch_idx: int) -> bool:
+        """Call the batch-start hooks; True when one returned -1, which ends the epoch (as in Lightning)."""
+        skip = False
+        for hook in hooks:
+            skip = hook(batch, batch_idx) == -1 or skip
+        return skip
+
+    def _manual_step(self, batch: Any, batch_idx: int) -> Any:
+        """Run a step that does its own backward and optimizer steps."""
+        for optimizer in self.accelerator.optimizers.values():
+            optimizer.stepped = False
+        with self.accelerator.autocast():
+            return self.module.training_step(batch, batch_idx)
+
+    def _log_loss(self, output: Any) -> None:
+        loss = output.get("loss") if isinstance(output, dict) else output
+        if isinstance(loss, Tensor) and self.trainer.logs_loss:
+            items = output.get("num_items") if isinstance(output, dict) else None
+            if items is not None:  # a sum over items: its mean, weighted by them
+                loss = loss.detach() / items if not isinstance(items, Tensor) else loss.detach() / items.clamp(min=1)
+            self.metrics.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, weight=items)
+
+    def _finish_window(self, optimizers: list[Any]) -> None:
+        """Clip, step and schedule: the window is complete."""
+        trainer, progress = self.trainer, self.progress
+        stepped = False
+        if self.automatic:
+            clip_norm, clip_value, own_clipping = trainer.clip_norm, trainer.clip_value, trainer.module_clips
+            for optimizer in optimizers:
+                for hook in self.hooks.on_before_optimizer_step:
+                    hook(optimizer)
+                if own_clipping:
+                    self.accelerator.unscale_gradients(optimizer)
+                    self.module.configure_gradient_clipping(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
+                stepped = self.accelerator.step(optimizer, max_norm=clip_norm, clip_value=clip_value) or stepped
+        else:
+            for optimizer in optimizers:
+                stepped = optimizer.stepped or stepped
+        if not stepped:
+            progress.skipped += 1
+            return
+        progress.global_step += 1
+        if trainer.step_schedulers and self.automatic:
+            trainer.run_schedulers(trainer.step_schedulers, progress.global_step)
+
+    # -- what is due after a step -------------------------------------------------------------------------------------
+    def _plan_events(self) -> None:
+        """Find the next step after which anything is due besides training."""
+        trainer, step = self.trainer, self.progress.global_step
+        due = [_NEVER]
+        if trainer.log_every_n_steps > 0:
+            due.append((step // trainer.log_every_n_steps + 1) * trainer.log_every_n_steps)
+        if trainer.val_every_steps:
+            due.append((step // trainer.val_every_steps + 1) * trainer.val_every_steps)
+        if self.hooks.on_checkpoint_step:
+            due.append(step + 1)
+        self._next_event = min(due)
+
+    def _after_step(self) -> None:
+        trainer, step = self.trainer, self.progress.global_step
+        if trainer.log_every_n_steps > 0 and step % trainer.log_every_n_steps == 0:
+            trainer.log_point(self.metrics)
+        if trainer.val_every_steps and step % trainer.val_every_steps == 0 and trainer.epoch_validates():
+            trainer.validate_in_fit()
+        trainer.last_checkpoint_moment = step
+        for hook in self.hooks.on_checkpoint_step:
+            hook()
+        self._plan_events()
+
+    def _end_epoch(self) -> None:
+        """The epoch's validation, values, hooks and schedulers; then the counters stand at the next epoch's start."""
+        trainer, progress = self.trainer, self.progress
+        if not trainer.val_every_steps and trainer.epoch_validates():
+            trainer.validate_in_fit()
+        trainer.report_epoch(self.metrics)
+        trainer.run_schedulers([c for c in trainer.epoch_schedulers if c.monitor is None], progress.epoch + 1)
+        self.hooks.call("on_train_epoch_end")
+        trainer.report_epoch(self.metrics)  # what the hooks above logged
+        trainer.run_schedulers([c for c in trainer.epoch_schedulers if c.monitor is not None], progress.epoch + 1)
+        progress.epoch += 1
+        progress.batch_in_epoch = 0
+        self.loader.set_epoch(progress.epoch)
+        self.hooks.call("on_checkpoint_epoch")
+        if trainer.pending_saves:
+            trainer.write_pending_saves()

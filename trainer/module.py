@@ -1,0 +1,254 @@
+"""TrainingModule: your model, its loss and its optimizers, in one nn.Module.
+
+    class Digits(TrainingModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(64, 10)
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            loss = F.cross_entropy(self.net(x), y)
+            self.log("accuracy", (self.net(x).argmax(1) == y).float().mean())
+            return loss
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters())
+
+Everything else is optional. The hooks have Lightning's names and arguments (the list stands in callbacks/base.py; the module's
+have no `trainer` and `module` arguments). Parameters may lie anywhere in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..strategies.errors import ConfigError
+from .config import resolve_peers
+
+if TYPE_CHECKING:
+    from .metrics import Metrics
+    from .trainer import Trainer
+
+__all__ = ["TrainingModule"]
+
+
+class TrainingModule(nn.Module):
+    """A model with its training step. Subclass it; `Trainer.fit` does the rest.
+
+    Attributes:
+        automatic_optimization: True: the trainer runs backward and steps. False: your `training_step` does, with
+            `self.optimizers()` and `self.manual_backward(loss)`.
+    """
+
+    automatic_optimization: bool = True
+
+    # Set by the trainer for the time of a run. Class attributes, so that an unattached module says what is missing.
+    _trainer: Trainer | None = None
+    _metrics: Metrics | None = None
+    _defaults: tuple[bool, bool] = (True, False)  # (on_step, on_epoch) of `log` in the hook that runs
+    _log_suffix: str = ""  # behind every logged name: which of several loaders is evaluated
+
+    # -- what you write -----------------------------------------------------------------------------------------------
+    def configure_model(self) -> None:
+        """Build the big parts here: called once, on the device (or the meta device) that the strategy wants."""
+
+    def configure_optimizers(self) -> Any:
+        """Return an optimizer, several, (optimizers, schedulers), or Lightning's dict; called when the models are prepared."""
+        raise ConfigError(
+            f"{type(self).__name__} defines no configure_optimizers. Define it and return an optimizer, "
+            "such as torch.optim.AdamW(self.parameters())."
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """Return the loss of one batch: a scalar tensor, {"loss": tensor, ...}, or {"loss": sum, "num_items": count}."""
+        raise ConfigError(f"{type(self).__name__} defines no training_step(batch, batch_idx). Define it and return the loss.")
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Evaluate one batch, and `self.log` what you want to know; means are over all samples of all ranks, each counted once."""
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """The same for `Trainer.test`."""
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Return the prediction for one batch; by default `self(batch)`."""
+        return self(batch)
+
+    def compute_loss(self, output: Any, batch: Any) -> Tensor:
+        """Return the loss of a model output: what the last stage of a pipeline calls."""
+        raise ConfigError(f"{type(self).__name__} defines no compute_loss(output, batch), which a pipeline's last stage needs.")
+
+    def models(self) -> dict[str, nn.Module]:
+        """Return what is prepared, by name: by default the module itself, as one model whose forward is the step.
+
+        Name several children (a generator and a discriminator, a teacher and a student) to have each prepared on its own.
+        """
+        return {"model": self}
+
+    # -- hooks, in the order of a run (see callbacks/base.py) ---------------------------------------------------------
+    def prepare_data(self) -> None: ...
+    def setup(self, stage: str) -> None: ...
+    def teardown(self, stage: str) -> None: ...
+    def train_dataloader(self) -> Any: ...
+    def val_dataloader(self) -> Any: ...
+    def test_dataloader(self) -> Any: ...
+    def predict_dataloader(self) -> Any: ...
+    def configure_callbacks(self) -> Sequence[Any]:
+        return ()
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Override to clip in your own way; gradients are complete and in the unit of the loss here."""
+
+    def lr_scheduler_step(self, scheduler: Any, metric: float | None) -> None:
+        """Step one scheduler, given the value of what it monitors."""
+        if metric is None:
+            scheduler.step()
+        else:
+            scheduler.step(metric)
+
+    def on_fit_start(self) -> None: ...
+    def on_fit_end(self) -> None: ...
+    def on_train_start(self) -> None: ...
+    def on_train_end(self) -> None: ...
+    def on_train_epoch_start(self) -> None: ...
+    def on_train_epoch_end(self) -> None: ...
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None: ...
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None: ...
+    def on_before_zero_grad(self, optimizer: Optimizer) -> None: ...
+    def on_before_backward(self, loss: Tensor) -> None: ...
+    def on_after_backward(self) -> None: ...
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None: ...
+    def on_validation_start(self) -> None: ...
+    def on_validation_end(self) -> None: ...
+    def on_validation_epoch_start(self) -> None: ...
+    def on_validation_epoch_end(self) -> None: ...
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_test_start(self) -> None: ...
+    def on_test_end(self) -> None: ...
+    def on_test_epoch_start(self) -> None: ...
+    def on_test_epoch_end(self) -> None: ...
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_predict_start(self) -> None: ...
+    def on_predict_end(self) -> None: ...
+    def on_predict_epoch_start(self) -> None: ...
+    def on_predict_epoch_end(self) -> None: ...
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
+
+    # -- what you call ------------------------------------------------------------------------------------------------
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer that runs this module.
+
+        Raises:
+            ConfigError: no run is going on.
+        """
+        if self._trainer is None:
+            raise ConfigError(
+                f"{type(self).__name__} is not attached to a Trainer: this works only inside fit, validate, test or predict."
+            )
+        return self._trainer
+
+    @property
+    def device(self) -> Any:
+        return self.trainer.accelerator.device
+
+    @property
+    def global_step(self) -> int:
+        return self.trainer.progress.global_step
+
+    @property
+    def current_epoch(self) -> int:
+        return self.trainer.progress.epoch
+
+    @property
+    def global_rank(self) -> int:
+        return self.trainer.world.rank
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        *,
+        prog_bar: bool = False,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce: str = "mean",
+        sync: bool = True,
+        batch_size: float | None = None,
+        **peers: Any,
+    ) -> None:
+        """Log a value under `name`; tensors are kept as they are and read, once for all, at the next log point.
+
+        Args:
+            on_step: show its value at every log point. Default: in training.
+            on_epoch: show its mean over the epoch. Default: in evaluation.
+            reduce: "mean" (weighted by the batch's samples), "sum", "max" or "min", over micro-batches and ranks.
+            batch_size: the weight, where it is not the number of samples that the loader handed out.
+            sync: False logs each rank's own value; the files and the bar show rank 0's.
+        Lightning's `reduce_fx` and `sync_dist` mean `reduce` and `sync`.
+        """
+        if peers:
+            given = resolve_peers(type(self).log, "log", peers)
+            reduce, sync = given.get("reduce", reduce), given.get("sync", sync)
+        metrics = self._metrics
+        if metrics is None:
+            raise ConfigError(
+                f"{type(self).__name__}.log({name!r}) was called outside of fit, validate and test. Log inside a step or hook."
+            )
+        defaults = self._defaults
+        metrics.log(
+            name + self._log_suffix,
+            value,
+            on_step=defaults[0] if on_step is None else on_step,
+            on_epoch=defaults[1] if on_epoch is None else on_epoch,
+            prog_bar=prog_bar,
+            reduce=reduce,
+            sync=sync,
+            weight=batch_size,
+        )
+
+    def log_dict(self, values: Mapping[str, Any], **options: Any) -> None:
+        """`log` each of `values` with the same options."""
+        for name, value in values.items():
+            self.log(name, value, **options)
+
+    def optimizers(self) -> Any:
+        """Return the prepared optimizer, or the list of them in the order of `configure_optimizers`."""
+        optimizers = list(self.trainer.accelerator.optimizers.values())
+        return optimizers[0] if len(optimizers) == 1 else optimizers
+
+    def lr_schedulers(self) -> Any:
+        """Return the scheduler, the list of them, or None."""
+        schedulers = [c.scheduler for c in self.trainer.scheduler_configs]
+        return schedulers[0] if len(schedulers) == 1 else (schedulers or None)
+
+    def manual_backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Run the backward pass of `loss` under manual optimisation: gradients of all ranks are averaged."""
+        self.trainer.accelerator.manual_backward(loss, **kwargs)
+
+    def clip_gradients(self, optimizer: Any, gradient_clip_val: float, gradient_clip_algorithm: str = "norm") -> None:
+        """Clip the gradients of one prepared optimizer, by "norm" or "value"."""
+        accelerator = self.trainer.accelerator
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if gradient_clip_algorithm == "norm":
+            accelerator.clip_grad_norm_(parameters, gradient_clip_val)
+        elif gradient_clip_algorithm == "value":
+            accelerator.clip_grad_value_(parameters, gradient_clip_val)
+        else:
+            raise ConfigError(f"gradient_clip_algorithm is 'norm' or 'value', got {gradient_clip_algorithm!r}.")
+
+    def all_gather(self, data: Any) -> Any:
+        """Concatenate tensors over all ranks along dim 0."""
+        return self.trainer.accelerator.gather(data)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on the main process only."""
+        self.trainer.accelerator.print(*args, **kwargs)

@@ -1,0 +1,376 @@
+"""What a running trainer offers to its loops and callbacks: counters, values, schedulers, saving and stopping.
+
+`Trainer` inherits from `Runtime`; what callbacks may use of it is `callbacks.base.TrainerView`. Nothing here knows how a run is
+put together: that is session.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..strategies import control as codes
+from ..strategies.errors import ConfigError, suggest
+from . import state as run_state
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from ..callbacks.base import Callback
+    from ..callbacks.runner import HookRunner
+    from ..strategies.base import Strategy
+    from ..strategies.checkpoint.store import CheckpointStore
+    from ..strategies.precision.base import Precision
+    from ..strategies.world import World
+    from .accelerator import Accelerator
+    from .clock import Clock
+    from .data.loader import Loader
+    from .loops.progress import Progress
+    from .metrics import Metrics
+    from .module import TrainingModule
+    from .optimizers import SchedulerConfig
+    from .run_folder import RunFolder
+    from .tracking import Tracking
+
+__all__ = ["Runtime", "Saving"]
+
+_KEPT_BY_SIGNAL = codes.INTERRUPTED | codes.TERMINATED | codes.REQUEUE
+
+
+class Saving:
+    """A save that was asked for. `path` is where the checkpoint lies once it is committed; None until then."""
+
+    def __init__(self, folder: Path | None, meta: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.meta = meta
+        self.path: Path | None = None
+
+    def wait(self) -> Path:
+        """Return the path of the committed checkpoint.
+
+        Raises:
+            ConfigError: it was asked for inside a step and is written at the end of that step.
+        """
+        if self.path is None:
+            raise ConfigError(
+                "This checkpoint was asked for in the middle of an optimizer step; it is written when the step is done. "
+                "Ask for it between steps (on_train_batch_end, on_checkpoint_step) to have it at once."
+            )
+        return self.path
+
+
+class Runtime:
+    """The state of a run, and what its loops and callbacks do with it."""
+
+    # Set by Trainer.__init__.
+    progress: Progress
+    clock: Clock
+    callbacks: list[Callback]
+    max_epochs: int | None
+    max_steps: int | None
+    log_every_n_steps: int
+    options: dict[str, Any]
+    config: dict[str, Any]
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self.metrics: dict[str, float] = {}
+        self.should_stop = False
+        self.leaving = 0  # the flags of the signal or limit for which the run leaves after its save
+        self.stop_reason = ""
+        self.is_resumed = False
+        self.resumed_mid_epoch = False
+        self.in_window = False
+        self.pending_saves: list[Saving] = []
+        self.scheduler_configs: list[SchedulerConfig] = []
+        self.step_schedulers: list[SchedulerConfig] = []
+        self.epoch_schedulers: list[SchedulerConfig] = []
+        self.val_loaders: dict[str, Loader] = {}
+        self.val_every_steps = 0
+        self.module_clips = False
+        self.logs_loss = True
+        self.num_training_batches: int | None = None
+        self._accelerator: Accelerator | None = None
+        self._module: TrainingModule | None = None
+        self._store: CheckpointStore | None = None
+        self._tracking: Tracking | None = None
+        self._train_metrics: Metrics | None = None
+        self._train_loader: Loader | None = None
+        self._hooks: HookRunner | None = None
+        self.run_folder: RunFolder | None = None
+        self._saved_step = -1
+
+    # -- what is there ------------------------------------------------------------------------------------------------
+    @property
+    def accelerator(self) -> Accelerator:
+        """The raw API that this run is made of: the same object that a loop of your own would use."""
+        return _present(self._accelerator, "accelerator")
+
+    @property
+    def module(self) -> TrainingModule:
+        return _present(self._module, "module")
+
+    @property
+    def store(self) -> CheckpointStore:
+        return _present(self._store, "store")
+
+    @property
+    def tracking(self) -> Tracking:
+        return _present(self._tracking, "tracking")
+
+    @property
+    def hooks(self) -> HookRunner:
+        return _present(self._hooks, "hooks")
+
+    @property
+    def train_metrics(self) -> Metrics:
+        return _present(self._train_metrics, "train_metrics")
+
+    @property
+    def train_loader(self) -> Loader:
+        return _present(self._train_loader, "train_loader")
+
+    @property
+    def root(self) -> Path:
+        """The run's folder."""
+        return _present(self.run_folder, "run_folder").path
+
+    @property
+    def world(self) -> World:
+        return self.accelerator.world
+
+    @property
+    def strategy(self) -> Strategy:
+        return self.accelerator.strategy
+
+    @property
+    def precision(self) -> Precision:
+        return self.accelerator.precision
+
+    @property
+    def optimizers(self) -> Mapping[str, Optimizer]:
+        return self.accelerator.optimizers
+
+    @property
+    def schedulers(self) -> Sequence[Any]:
+        return [config.scheduler for config in self.scheduler_configs]
+
+    @property
+    def loggers(self) -> Sequence[Any]:
+        return self.tracking.loggers
+
+    @property
+    def global_step(self) -> int:
+        return self.progress.global_step
+
+    @property
+    def current_epoch(self) -> int:
+        return self.progress.epoch
+
+    @property
+    def callback_metrics(self) -> dict[str, float]:
+        return self.metrics
+
+    def print(self, text: str) -> None:
+        """Print on the main process only."""
+        self.accelerator.print(text, flush=True)
+
+    # -- values -------------------------------------------------------------------------------------------------------
+    def log_into(self, metrics: Metrics | None, on_step: bool, on_epoch: bool) -> tuple[Metrics | None, bool, bool]:
+        """Let the module's `log` go to `metrics`, with these defaults; return what it was before."""
+        module = self.module
+        before = (module._metrics, *module._defaults)
+        module._metrics, module._defaults = metrics, (on_step, on_epoch)
+        return before
+
+    @property
+    def log_suffix(self) -> str:
+        """What `log` puts behind every name: which of several loaders is evaluated."""
+        return self.module._log_suffix
+
+    @log_suffix.setter
+    def log_suffix(self, suffix: str) -> None:
+        self.module._log_suffix = suffix
+
+    def log(self, name: str, value: float | Tensor) -> None:
+        """Log a value from a callback: it goes out with the next log point."""
+        self.train_metrics.log(name, value, on_step=True, on_epoch=False, sync=False, weight=1.0)
+
+    def log_point(self, metrics: Metrics) -> None:
+        """Reduce what was logged since the last log point, tell the callbacks, and hand it to the loggers."""
+        self.clock.note()
+        values = metrics.flush_step()
+        norm = self.accelerator.last_grad_norm
+        if norm is not None and self.logs_loss:
+            values.setdefault("grad_norm", float(norm))
+        self.publish(values)
+
+    def report_epoch(self, metrics: Metrics) -> None:
+        """Reduce what was logged over the epoch."""
+        values = metrics.flush_epoch()
+        if values:
+            self.publish(values)
+
+    def publish(self, values: dict[str, float]) -> None:
+        """Make reduced values known: to callbacks (on_log may add to them), to `metrics`, and to the loggers."""
+        if self.stage == "fit":
+            self.metrics.update(values)
+            for hook in self.hooks.on_log:
+                hook(values, self.progress.global_step)
+        self.metrics.update(values)
+        if self._tracking is not None:
+            self._tracking.log(values, self.progress.global_step, epoch=self.progress.epoch)
+
+    # -- schedulers ---------------------------------------------------------------------------------------------------
+    def run_schedulers(self, configs: Iterable[SchedulerConfig], count: int) -> None:
+        """Step those of `configs` that are due at the `count`th step or epoch."""
+        for config in configs:
+            if count % config.frequency:
+                continue
+            value: float | None = None
+            if config.monitor is not None:
+                value = self.metrics.get(config.monitor)
+                if value is None:
+                    if config.strict:
+                        raise ConfigError(
+                            f"A scheduler monitors {config.monitor!r}, and nothing of that name was logged by the end of "
+                            f"{config.interval} {count}.{suggest(config.monitor, self.metrics)} "
+                            f"Logged: {', '.join(sorted(self.metrics)) or 'nothing'}."
+                        )
+                    continue
+            self.module.lr_scheduler_step(config.scheduler, value)
+
+    # -- limits and stopping ------------------------------------------------------------------------------------------
+    def reached_limit(self) -> bool:
+        """Whether the run is as long as it was asked to be."""
+        progress = self.progress
+        return (self.max_epochs is not None and progress.epoch >= self.max_epochs) or (
+            self.max_steps is not None and progress.global_step >= self.max_steps
+        )
+
+    def take_resumed_mid_epoch(self) -> bool:
+        """Return whether the epoch that begins was begun before the resume; true once."""
+        resumed, self.resumed_mid_epoch = self.resumed_mid_epoch, False
+        return resumed
+
+    def stop(self, reason: str) -> None:
+        """Ask all ranks to end the training after the current step."""
+        self.world.control.request(codes.STOP, reason)
+
+    def agree(self) -> None:
+        """Take up, on all ranks at once, what any rank asked for. Collective; at epoch ends and after validations."""
+        control = self.world.control
+        code = control.agree(control.requested)
+        if code:
+            self.obey(code)
+
+    def obey(self, code: int) -> None:
+        """Do what all ranks agreed on, at a boundary: save, and stop or leave."""
+        reason = self.world.control.reason
+        if code & codes.SAVE and self.options["enable_checkpointing"]:
+            self.save_checkpoint()
+        if code & (codes.STOP | _KEPT_BY_SIGNAL):
+            self.should_stop = True
+            self.stop_reason = reason
+            self.leaving = code & _KEPT_BY_SIGNAL
+            self.print(f"stopping at step {self.progress.global_step}: {reason}")
+
+    # -- validation within fit ----------------------------------------------------------------------------------------
+    def epoch_validates(self) -> bool:
+        """Whether the running epoch is one that is validated."""
+        every = self.options["check_val_every_n_epoch"]
+        return bool(self.val_loaders) and (every is None or (self.progress.epoch + 1) % every == 0)
+
+    def validate_in_fit(self) -> None:
+        """Validate between two training steps; what was asked for meanwhile is agreed on at its end."""
+        from .loops.evaluate import evaluate
+        from .metrics import Metrics
+
+        metrics = Metrics(self.world, stage="validate")
+        evaluate(self, "validation", self.val_loaders, metrics, limit=None, inference=False)  # pyright: ignore[reportArgumentType]
+        self.agree()
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+    def save_checkpoint(
+        self, path: str | Path | None = None, *, wait: bool = False, meta: Mapping[str, Any] | None = None
+    ) -> Saving:
+        """Save the whole run; every rank calls it. Inside a step the checkpoint is written when the step is done.
+
+        Args:
+            path: a folder that holds checkpoints; by default the run's own.
+            wait: raise when it cannot be written at once.
+            meta: small plain values to keep readable beside it.
+        """
+        saving = Saving(None if path is None else Path(path), meta or {})
+        if self.in_window:
+            if wait:
+                saving.wait()
+            self.pending_saves.append(saving)
+        else:
+            self._write(saving)
+        return saving
+
+    def write_pending_saves(self) -> None:
+        """Write what was asked for inside the step that is now done."""
+        pending, self.pending_saves = self.pending_saves, []
+        for saving in pending:
+            self._write(saving)
+
+    def _write(self, saving: Saving) -> None:
+        from ..strategies.checkpoint.store import CheckpointStore
+
+        self.clock.note()
+        store = self.store if saving.folder is None else CheckpointStore(saving.folder, self.world)
+        extra: dict[str, Any] = {}
+        self.hooks.call("on_save_checkpoint", extra)
+        found = run_state.collect(self.accelerator, self.providers())
+        found.values["hooks"] = extra
+        meta = {
+            "kind": "run",
+            "progress": self.progress.state_dict(),
+            "metrics": dict(self.metrics),
+            "plan": {
+                "strategy": self.strategy.name,
+                "precision": self.precision.name,
+                "data_shards": self.strategy.data_shard[1],
+            },
+            "is_best": any(getattr(c, "is_best", False) for c in self.callbacks),
+            **saving.meta,
+        }
+        info = store.save(
+            self.progress.global_step,
+            found.tensors,
+            found.values,
+            rank_values=found.rank_values,
+            rank_tensors=found.rank_tensors,
+            meta=meta,
+        )
+        self._saved_step = self.progress.global_step
+        saving.path = info.path
+
+    def providers(self) -> dict[str, Any]:
+        """Return everything beside models and optimizers that a checkpoint holds, by name, in the order of restoring."""
+        found: dict[str, Any] = {
+            "progress": self.progress,
+            "loader/train": self.train_loader,
+            "metrics/train": self.train_metrics,
+        }
+        found |= {f"registered/{i}": o for i, o in enumerate(self.accelerator.registered)}
+        found |= {f"callback/{c.state_key}": c for c in self.stateful_callbacks()}
+        return found | {"tracking": self.tracking}
+
+    def stateful_callbacks(self) -> list[Callback]:
+        """Return the callbacks that have a state of their own."""
+        from ..callbacks.base import Callback
+        from ..callbacks.runner import is_overridden
+
+        return [c for c in self.callbacks if is_overridden(c, "state_dict", Callback)]
+
+
+def _present(value: Any, name: str) -> Any:
+    if value is None:
+        raise ConfigError(f"Trainer.{name} is there only while fit, validate, test or predict runs (and after it).")
+    return value

@@ -1,0 +1,141 @@
+"""save_state, load_state, save_model: the part of `Accelerator` that writes and reads checkpoints.
+
+A folder that is given to `save_state` holds one committed checkpoint a save (step-00000012/, ...); nothing in it is overwritten.
+`load_state` takes such a folder (and its newest whole checkpoint) or one checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..strategies.errors import CheckpointError, ConfigError
+from . import state as run_state
+
+if TYPE_CHECKING:
+    from ..strategies.world import World
+    from .data.loader import Loader
+    from .optimizers import PreparedOptimizer
+
+__all__ = ["Saving"]
+
+
+class Saving:
+    """The state of everything prepared and registered, to a folder and back."""
+
+    world: World
+    project_dir: Path | None
+    registered: list[Any]
+    loaders: list[Loader]
+    optimizers: dict[str, PreparedOptimizer]
+    saves: int = 0
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Save and load the state of `objects` too: anything with state_dict and load_state_dict, in this order.
+
+        Raises:
+            ConfigError: an object without them.
+        """
+        for o in objects:
+            if not isinstance(o, run_state.Provider):
+                raise ConfigError(
+                    f"register_for_checkpointing takes objects with state_dict and load_state_dict, got {type(o).__name__}. "
+                    "Give it these two methods."
+                )
+        self.registered.extend(objects)
+
+    def save_state(self, output_dir: str | Path | None = None, *, step: int | None = None) -> Path:
+        """Save models, optimizers, schedulers, scaler, loaders' positions, registered objects and random states. Collective.
+
+        Args:
+            output_dir: the folder that holds the checkpoints; by default `project_dir`/checkpoints.
+            step: the number in the checkpoint's name; by default one more than the newest there.
+        Returns: the folder of the committed checkpoint.
+        """
+        from ..strategies.checkpoint.store import CheckpointStore
+
+        store = CheckpointStore(self._folder(output_dir), self.world)
+        if step is None:
+            infos = store.list()
+            step = self.world.broadcast_json(infos[-1].step + 1 if infos else 1)
+        found = run_state.collect(self, self._providers())  # pyright: ignore[reportArgumentType]
+        info = store.save(
+            step,
+            found.tensors,
+            found.values,
+            rank_values=found.rank_values,
+            rank_tensors=found.rank_tensors,
+            meta={"kind": "state"},
+        )
+        return info.path
+
+    def load_state(self, input_dir: str | Path | None = None, *, strict: bool = True) -> Path:
+        """Load what `save_state` saved, into the same objects prepared in the same order. Return the checkpoint's folder.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it is of other objects; the models are untouched then.
+        """
+        from ..strategies.checkpoint.reader import Checkpoint
+        from ..strategies.checkpoint.store import CheckpointStore
+
+        folder = self._folder(input_dir)
+        if not (folder / "manifest.json").exists():
+            info = CheckpointStore(folder, self.world).latest()
+            if info is None:
+                raise CheckpointError(
+                    f"There is no checkpoint in {folder.absolute()}. Give the folder that save_state was given."
+                )
+            folder = info.path
+        with Checkpoint(folder) as checkpoint:
+            run_state.restore(self, checkpoint, self._providers(), strict=strict)  # pyright: ignore[reportArgumentType]
+            run_state.restore_random(checkpoint, self.world.rank)
+        return folder
+
+    def _providers(self) -> dict[str, Any]:
+        providers: dict[str, Any] = {f"loader/{i}": loader for i, loader in enumerate(self.loaders)}
+        return providers | {f"registered/{i}": o for i, o in enumerate(self.registered)}
+
+    def _folder(self, given: str | Path | None) -> Path:
+        if given is not None:
+            return Path(given)
+        if self.project_dir is None:
+            raise ConfigError("Where to? Give save_state and load_state a folder, or the Accelerator a project_dir.")
+        return self.project_dir / "checkpoints"
+
+    def get_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the full state dict of a prepared model, under the names that the user's module has."""
+        return self.unwrap_model(model).state_dict()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def save_model(self, model: nn.Module, save_directory: str | Path) -> Path:
+        """Write the bare weights of a model as `model.safetensors`, on the main process; return the file.
+
+        Tied weights are written once, under their first name; their other names stand in the file's metadata.
+        """
+        path = Path(save_directory) / "model.safetensors"
+        if self.world.is_main:
+            from safetensors.torch import save_file
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tensors, tied = _untied(self.get_state_dict(model))
+            partial = path.with_name(f".{path.name}.partial")
+            save_file(tensors, partial, metadata={"format": "pt", **tied})
+            partial.replace(path)  # a reader sees the old file or the whole new one
+        self.world.barrier()
+        return path
+
+
+def _untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    first: dict[tuple[Any, ...], str] = {}
+    kept: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        if key in first:
+            tied[name] = first[key]
+        else:
+            first[key] = name
+            kept[name] = tensor.detach().contiguous()
+    return kept, tied

@@ -1,0 +1,316 @@
+"""One micro-batch and one optimizer step: the part of `Accelerator` that every step of a training goes through.
+
+    accumulate        opens the next micro-batch of the window (accumulation.py)
+    forward_backward  the step under the precision, then `backward`
+    backward          the loss weighted for its window, scaled for fp16, and its backward pass
+    step              what is left for the gradients (a factor, the clipping), the check that they are finite, the optimizer
+What a step asks is looked up once, in `_configure_hot_path`, so that an idle feature costs a comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..strategies.errors import DataError, NonFiniteError
+from . import config as configuration
+
+if TYPE_CHECKING:
+    from ..strategies.base import Strategy
+    from ..strategies.precision.base import Precision
+    from ..strategies.world import World
+    from .accumulation import Window
+    from .data.loader import Loader
+    from .optimizers import PreparedOptimizer
+
+__all__ = ["Accumulating", "Stepping"]
+
+
+class Stepping:
+    """Forward, backward and optimizer step, over accumulation windows."""
+
+    world: World
+    device: torch.device
+    strategy: Strategy
+    strategies: dict[str, Strategy]
+    precision: Precision
+    window: Window
+    nonfinite: str
+    models: dict[str, nn.Module]
+    optimizers: dict[str, PreparedOptimizer]
+    active_loader: Loader | None
+    skipped_steps: int
+    last_grad_norm: Tensor | None
+    before_backward: Sequence[Callable[[Tensor], None]]
+    after_backward: Sequence[Callable[[], None]]
+    _bound: dict[Callable[..., Any], Callable[..., Any]]
+    _accumulating: Accumulating
+
+    def _configure_hot_path(self) -> None:
+        """Look up once what every step would ask: nothing of this changes after `prepare`."""
+        own = [s for s in (self.strategy, *self.strategies.values()) if not s.inference]
+        self._syncing = [s for s in own if s.reduces_gradients]
+        self._scales_loss = self.precision.scales_loss
+        self._autocast = self.precision.autocast(self.device) if self.precision.autocast_dtype is not None else None
+        self._reads_loss = self.nonfinite != "ignore" and self.device.type == "cpu"
+        self._checks_gradients = self.nonfinite != "ignore" and not self._scales_loss
+
+    # -- one micro-batch ----------------------------------------------------------------------------------------------
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        return self.window.size
+
+    @gradient_accumulation_steps.setter
+    def gradient_accumulation_steps(self, steps: int) -> None:
+        configuration.check_at_least("gradient_accumulation_steps", steps, 1)
+        self.window.resize(steps)
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether the open micro-batch ends its window, so that the optimizers step."""
+        return self.window.sync
+
+    def accumulate(self, *models: nn.Module) -> Accumulating:
+        """Open the next micro-batch: `with accelerator.accumulate(model):` around its forward, backward and step."""
+        self.window.begin(self.active_loader)
+        for strategy in self._syncing:
+            strategy.set_gradient_sync(models, self.window.sync)
+        return self._accumulating
+
+    def no_sync(self, *models: nn.Module) -> _NoSync:
+        """A context in which backward passes leave the gradients of this rank as they are."""
+        return _NoSync(self._syncing, models)
+
+    def forward_backward(self, step: Callable[..., Any], *args: Any) -> Any:
+        """Run `step(*args)` under the precision, and the backward pass of its loss; return the step's own result.
+
+        The result is a 0-d tensor (the mean loss), or a dict with "loss" and, if the loss is a sum, "num_items"; None skips it.
+        Raises:
+            DataError: anything else.
+            NonFiniteError: the loss is NaN or Inf (see `nonfinite`).
+        """
+        step = self._bound.get(step, step)
+        if self._autocast is None:
+            output = step(*args)
+        else:
+            with self._autocast:
+                output = step(*args)
+        if isinstance(output, Tensor):
+            self.backward(output)
+        elif isinstance(output, Mapping) and "loss" in output:
+            self.backward(output["loss"], num_items=output.get("num_items"))
+        elif output is not None or self.world.size > 1:
+            raise _unusable(step, output, self.world)
+        return output
+
+    def backward(self, loss: Tensor, *, num_items: Tensor | int | None = None, **kwargs: Any) -> None:
+        """Run the backward pass of `loss`, weighted for its window.
+
+        Args:
+            loss: 0-d: a mean over the micro-batch; or, with `num_items`, a sum over that many items (tokens, say).
+        """
+        if loss.dim() or loss.grad_fn is None:
+            loss = _checked_loss(loss)
+        if self._reads_loss and not math.isfinite(loss.item()):
+            loss = self._loss_not_finite(loss)
+        window = self.window
+        for hook in self.before_backward:
+            hook(loss)
+        if num_items is not None:
+            loss = window.weigh_sum(loss, num_items, self.world)
+        else:
+            window.take_mean()
+            if window.scale != 1.0:
+                loss = loss * window.scale
+        if self._scales_loss:
+            loss = self.precision.scale(loss)
+        window.backwards += 1
+        self.strategy.backward(loss, **kwargs)
+        for hook in self.after_backward:
+            hook()
+
+    def manual_backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Run the backward pass of `loss` from inside a step that optimises manually; gradients of all ranks are averaged."""
+        if loss.dim() or loss.grad_fn is None:
+            loss = _checked_loss(loss)
+        if self._reads_loss and not math.isfinite(loss.item()):
+            loss = self._loss_not_finite(loss)
+        self.window.backwards += 1
+        self.strategy.manual_backward(self.precision.scale(loss) if self._scales_loss else loss, **kwargs)
+
+    def _loss_not_finite(self, loss: Tensor) -> Tensor:
+        """Raise, or (policy "skip") return a loss whose gradients are NaN, so that every rank sees it in the reduced gradient."""
+        if self.nonfinite == "raise" and not self._scales_loss:
+            raise NonFiniteError(
+                f"The loss is {loss.item()} on rank {self.world.rank}. The weights are unchanged since the last step. "
+                "Look at the batch and the learning rate, or pass nonfinite='skip' to leave such steps out."
+            )
+        return loss * math.nan
+
+    def autocast(self) -> Any:
+        """The context of the precision, for code outside `forward_backward` and prepared models."""
+        return self.precision.autocast(self.device)
+
+    # -- one optimizer step -------------------------------------------------------------------------------------------
+    def step(self, optimizer: PreparedOptimizer, *, max_norm: float | None = None, clip_value: float | None = None) -> bool:
+        """Clip and step `optimizer` when the window is complete; return whether it stepped. `optimizer.step()` calls this.
+
+        Raises:
+            NonFiniteError: a gradient is NaN or Inf (see `nonfinite`); the weights are unchanged.
+        """
+        window = self.window
+        optimizer.stepped = False
+        if not window.sync:
+            return False
+        strategy = optimizer.strategy
+        parameters = optimizer.parameters
+        if self._scales_loss:
+            strategy.unscale_(optimizer.optimizer)
+        factor = window.settle(self.world) if optimizer.window != window.number else None
+        optimizer.window = window.number
+        if max_norm is not None or self._checks_gradients:
+            norm = strategy.grad_norm(parameters)
+            self.last_grad_norm = norm
+            if self._checks_gradients and not self._gradients_finite(norm, optimizer):
+                return False
+            if max_norm is not None:
+                scale = 1.0 if factor is None else factor
+                # The norm of the corrected gradient is scale * norm; both go into one multiplication.
+                factor = (max_norm / (norm * scale + 1e-6)).clamp_(max=1.0) * scale
+                self.last_grad_norm = norm * scale
+        if factor is not None:
+            if isinstance(factor, float) and factor == 0.0:  # the whole window held no items: there is nothing to step on
+                self.skipped_steps += 1
+                return False
+            strategy.scale_gradients(parameters, factor)
+        if clip_value is not None:
+            strategy.clip_values(parameters, clip_value)
+        optimizer.stepped = strategy.step(optimizer.optimizer)
+        return optimizer.stepped
+
+    def _gradients_finite(self, norm: Tensor, optimizer: PreparedOptimizer) -> bool:
+        if math.isfinite(norm.item()):
+            return True
+        if self.nonfinite == "raise":
+            names = _not_finite_names(optimizer, self.models)
+            raise NonFiniteError(
+                f"A gradient of optimizer {optimizer.name!r} is NaN or Inf ({names}). The weights are unchanged since the last "
+                "step. Lower the learning rate, clip the gradients, or pass nonfinite='skip' to leave such steps out."
+            )
+        self.skipped_steps += 1
+        return False
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor | None:
+        """Scale the gradients of `parameters` to a joint norm of at most `max_norm` when the window is complete.
+
+        Returns the norm before, 0-d, the same on all ranks; None within a window, where there is nothing to clip yet.
+        """
+        ready = self._ready(parameters)
+        if ready is None:
+            return None
+        strategy, held = ready
+        norm = strategy.grad_norm(held, norm_type)
+        strategy.scale_gradients(held, (max_norm / (norm + 1e-6)).clamp_(max=1.0))
+        return norm
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        """Clamp every gradient element of `parameters` to [-clip_value, clip_value] when the window is complete."""
+        ready = self._ready(parameters)
+        if ready is not None:
+            ready[0].clip_values(ready[1], clip_value)
+
+    def _ready(self, parameters: Any) -> tuple[Strategy, list[nn.Parameter]] | None:
+        """Bring all gradients into the unit of the loss; return the strategy and the list of `parameters`."""
+        if not self.window.sync:
+            return None
+        held = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        for optimizer in self.optimizers.values():
+            if optimizer.window != self.window.number:
+                self.unscale_gradients(optimizer)
+                factor = self.window.settle(self.world)
+                if factor is not None:
+                    optimizer.strategy.scale_gradients(optimizer.parameters, factor)
+                optimizer.window = self.window.number
+        return self.strategy, held
+
+    def unscale_gradients(self, optimizer: PreparedOptimizer | None = None) -> None:
+        """Bring fp16's scaled gradients back to the loss's unit, once a window; other precisions have nothing to do."""
+        if self._scales_loss and self.window.sync:
+            for one in [optimizer] if optimizer is not None else self.optimizers.values():
+                one.strategy.unscale_(one.optimizer)
+
+    @property
+    def optimizer_step_was_skipped(self) -> bool:
+        """Whether the last complete window ended without a step of some optimizer."""
+        return any(o.step_was_skipped for o in self.optimizers.values())
+
+
+class Accumulating:
+    """What `accumulate` returns: the window is opened by the call, so that entering and leaving cost nothing."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class _NoSync:
+    __slots__ = ("_models", "_strategies")
+
+    def __init__(self, strategies: Sequence[Strategy], models: Sequence[nn.Module]) -> None:
+        self._strategies, self._models = strategies, models
+
+    def __enter__(self) -> None:
+        for strategy in self._strategies:
+            strategy.set_gradient_sync(self._models, False)
+
+    def __exit__(self, *error: object) -> None:
+        for strategy in self._strategies:
+            strategy.set_gradient_sync(self._models, True)
+
+
+def _checked_loss(loss: Tensor) -> Tensor:
+    if loss.dim() and loss.numel() == 1:
+        loss = loss.reshape(())
+    if loss.dim():
+        raise DataError(f"The loss must be a scalar, got shape {tuple(loss.shape)}. Did you forget .mean()?")
+    if not loss.requires_grad:
+        raise DataError(
+            "The loss has no gradient: it does not depend on any parameter that requires one. "
+            "Was it detached, computed under no_grad, or is the whole model frozen?"
+        )
+    return loss
+
+
+def _unusable(step: Callable[..., Any], output: Any, world: World) -> DataError:
+    name = getattr(step, "__name__", "training_step")
+    if output is None:
+        return DataError(
+            f"{name} returned None on rank {world.rank}. On {world.size} processes every rank must take part in every step. "
+            "Return a loss of weight 0, such as {'loss': total * 0, 'num_items': 0}."
+        )
+    found = (
+        f"a dict with the keys {sorted(map(str, output))}"
+        if isinstance(output, Mapping)
+        else f"{type(output).__name__} {output!r:.60}"
+    )
+    return DataError(
+        f"{name} returned {found}. Expected the loss as a scalar tensor with a gradient, or {{'loss': tensor, ...}}, "
+        "with 'num_items' beside it when the loss is a sum."
+    )
+
+
+def _not_finite_names(optimizer: PreparedOptimizer, models: Mapping[str, nn.Module]) -> str:
+    held = {id(p) for p in optimizer.parameters}
+    found = [
+        name
+        for model in models.values()
+        for name, p in model.named_parameters()
+        if id(p) in held and p.grad is not None and not bool(torch.isfinite(p.grad).all())
+    ]
+    return f"{', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''}" or "a sum that overflows"
