@@ -142,8 +142,8 @@ class _Handle:
     def failure(self, what: str, error: BaseException) -> DrivetrainError:
         """What ends a training whose logger is required."""
         return DrivetrainError(
-            f"The logger {self.name!r} failed in {what}: {_one_line(error)}. It was made with required=True, so the training stops "
-            "here. Repair it, or make it with required=False to train without it."
+            f"The logger {self.name!r} failed in {what}: {_one_line(error)}. It was made with required=True, so the training "
+            "stops here. Repair it, or make it with required=False to train without it."
         )
 
 
