@@ -1,0 +1,353 @@
+"""How the samples of a data set with indices become batches: in this process, in workers, or by indexing tensors directly.
+
+    Reading.plain     dataset[i] for each i (or __getitems__, the torch way), then collate_fn
+    Reading.__call__  the same with random numbers that depend on the sample alone, this process' generators left as they were
+    Reading[request]  what a worker process does: the data set of the torch DataLoader that runs the workers
+    TensorReading     TensorDataset and Subsets of it: one index_select a tensor in place of B samples and a collate
+All give the same samples in the same order as a plain DataLoader with that sampler.
+"""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, StackDataset, Subset, TensorDataset, default_collate, get_worker_info
+
+from ...strategies.errors import DataError
+from .randomness import Generator, generators, restore, seed_of
+from .sharding import Request
+
+__all__ = ["Failure", "Reading", "TensorReading", "WorkerLoader"]
+
+_PROBES = 4  # batches that are read with every generator seeded, to learn which the data set uses
+_SHOWN = 8  # indices in an error
+
+
+class Reading:
+    """Reads batches from a data set with indices.
+
+    Args:
+        mode: "batch": samples of the indices go to `collate_fn` as a list. Without automatic batching (batch_size=None)
+            "single": the request's only index, or "whole": its list of indices, is what the data set is asked for.
+        seeded: whether random numbers depend on the sample alone; `repeats`: on the position too, when an index may come twice.
+    """
+
+    def __init__(
+        self, dataset: Any, collate_fn: Callable[[Any], Any], *, mode: str = "batch", seeded: bool, repeats: bool
+    ) -> None:
+        self.dataset = dataset
+        self.collate_fn = collate_fn
+        self.mode = mode
+        self.batched = mode == "batch"
+        self.seeded = seeded and not draws_nothing(dataset)
+        self.repeats = repeats
+        # Where __getitems__ would only loop as we do, a loop of ours can seed each sample.
+        many = None if _loops(dataset) else getattr(dataset, "__getitems__", None)
+        self.many = many if callable(many) and self.batched else None
+        self._every: list[Generator] = []
+        self._used: list[Generator] = []
+        self._probes = _PROBES
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers that are spawned: generators belong to a process."""
+        return {**self.__dict__, "_every": [], "_used": []}
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+    def plain(self, request: Request) -> Any:
+        """Read a batch and leave random numbers alone."""
+        indices = request[2]
+        data: Any = None
+        try:
+            if self.many is not None:
+                data = self.many(indices)
+            elif self.batched:
+                data = [self.dataset[sample_index] for sample_index in indices]
+            else:
+                return self.collate_fn(self.dataset[indices if self.mode == "whole" else indices[0]])
+            return self.collate_fn(data)
+        except Exception as error:
+            raise self._explain(error, indices, data) from error
+
+    def with_seeds(self, request: Request, used: Sequence[Seeded]) -> Any:
+        """Read a batch with the generators in `used` seeded before each sample; collate_fn goes on where the last one ended."""
+        key, before, indices = request
+        data: Any = None
+        try:
+            if self.many is not None:  # vectorised: one seed, that of the first sample
+                _seed(used, seed_of(key, indices[0], before if self.repeats else None))
+                data = self.many(indices)
+            elif self.mode == "whole":
+                _seed(used, seed_of(key, indices[0], before if self.repeats else None))
+                return self.collate_fn(self.dataset[indices])
+            else:
+                data = []
+                for offset, sample_index in enumerate(indices):
+                    _seed(used, seed_of(key, sample_index, before + offset if self.repeats else None))
+                    data.append(self.dataset[sample_index])
+            return self.collate_fn(data if self.batched else data[0])
+        except Exception as error:
+            raise self._explain(error, indices, data) from error
+
+    def __call__(self, request: Request) -> Any:
+        """Read a batch in the process that trains, whose random numbers must not notice."""
+        every = self._every = self._every or generators()
+        probing = self._probes > 0
+        used = every if probing else self._used
+        watched = [generator for generator in every if generator not in used]
+        saved = [generator.save() for generator in used]
+        marks = [generator.mark() for generator in watched]
+        try:
+            read = self._probe if probing else self.with_seeds if used else self._unseeded
+            batch = read(request, used)
+        finally:
+            restore(used, saved)
+        moved = [pair for pair in zip(watched, marks, strict=True) if pair[0].moved(pair[1])]
+        if not moved:
+            return batch
+        for generator, mark in moved:
+            generator.put_back(mark)
+            self._used.append(generator)
+        return self(request)
+
+    def _unseeded(self, request: Request, _: Sequence[Seeded]) -> Any:
+        return self.plain(request)
+
+    def _probe(self, request: Request, every: Sequence[Generator]) -> Any:
+        """Read a batch as `with_seeds`, and note which generators it moved."""
+        self._probes -= 1
+        marks: list[Any] = []
+
+        def seed(value: int) -> None:
+            note()
+            for generator in every:
+                generator.seed(value)
+            marks[:] = [generator.mark() for generator in every]
+
+        def note() -> None:
+            for generator, mark in zip(every, marks, strict=bool(marks)):
+                if generator not in self._used and generator.moved(mark):
+                    self._used.append(generator)
+
+        batch = self.with_seeds(request, [_Seeder(seed)])
+        note()
+        return batch
+
+    def __getitem__(self, request: Request) -> Any:
+        """Read a batch in a worker. What goes wrong is handed over as a value: torch would wrap it in three tracebacks."""
+        try:
+            if not self.seeded:
+                return self.plain(request)
+            self._every = self._every or generators()
+            return self.with_seeds(request, self._every)
+        except DataError as error:
+            return Failure(str(error), traceback.format_exc())
+
+    # -- errors -------------------------------------------------------------------------------------------------------
+    def _explain(self, error: Exception, indices: list[Any], data: Any) -> DataError:
+        name = type(self.dataset).__name__
+        info = get_worker_info()
+        where = f" (worker {info.id})" if info is not None else ""
+        said = f"{type(error).__name__}: {error}"
+        shown = ", ".join(map(str, indices[:_SHOWN])) + (", ..." if len(indices) > _SHOWN else "")
+        if isinstance(data, list) and len(data) == len(indices):
+            missing = next((index for index, item in zip(indices, data, strict=True) if item is None), None)
+            if missing is not None:
+                return DataError(
+                    f"Sample {missing} of {name}{where} is None. Expected data: a __getitem__ without a return gives None."
+                )
+            return DataError(
+                f"The samples {shown} of {name}{where} do not make a batch: {said} Expected samples of the same structure and shapes. "
+                "Pad them in the data set, or give the DataLoader a collate_fn that does."
+            )
+        sample = _sample_being_read(error.__traceback__)
+        what = f"Sample {sample}" if sample is not None else f"One of the samples {shown}"
+        return DataError(
+            f"{what} of {name}{where} could not be read: {said} Repair the sample, or leave its index out (torch.utils.data.Subset)."
+        )
+
+
+class Seeded(Protocol):
+    """What can be seeded."""
+
+    @property
+    def seed(self) -> Callable[[int], Any]: ...
+
+
+class _Seeder:
+    """Stands for all generators during the probe."""
+
+    def __init__(self, seed: Callable[[int], None]) -> None:
+        self.seed = seed
+
+
+def _seed(used: Sequence[Seeded], value: int) -> None:
+    for generator in used:
+        generator.seed(value)
+
+
+def _sample_being_read(trace: TracebackType | None) -> Any:
+    """Find the index in the frames of an error: a loop that kept it would cost every sample something."""
+    while trace is not None:
+        code, variables = trace.tb_frame.f_code, trace.tb_frame.f_locals
+        if code.co_filename == __file__ and "sample_index" in variables:
+            return variables["sample_index"]
+        trace = trace.tb_next
+    return None
+
+
+class Failure:
+    """What a worker hands over in place of a batch that it could not read."""
+
+    def __init__(self, message: str, trace: str) -> None:
+        self.message = message
+        self.trace = trace
+
+    def error(self) -> DataError:
+        """The error for the process that trains; the worker's traceback is a note on it."""
+        error = DataError(self.message)
+        error.add_note("In the worker:\n" + self.trace)
+        return error
+
+
+def draws_nothing(dataset: Any) -> bool:
+    """Whether reading `dataset` can draw no random numbers: containers of torch, and python's own."""
+    kind = type(dataset)
+    if kind is Subset:
+        return draws_nothing(dataset.dataset)
+    if kind is ConcatDataset:
+        return all(map(draws_nothing, dataset.datasets))
+    if kind is StackDataset:
+        inner = dataset.datasets
+        return all(map(draws_nothing, inner.values() if isinstance(inner, dict) else inner))
+    return kind in (TensorDataset, list, tuple, range, Tensor) or kind.__module__ == "numpy"
+
+
+def _loops(dataset: Any) -> bool:
+    """Whether `dataset` reads its samples one by one, `__getitems__` or not."""
+    kind = type(dataset)
+    if kind is Subset:
+        return _loops(dataset.dataset)
+    if kind is StackDataset:
+        inner = dataset.datasets
+        return all(map(_loops, inner.values() if isinstance(inner, dict) else inner))
+    return not callable(getattr(dataset, "__getitems__", None))
+
+
+# -- tensors ----------------------------------------------------------------------------------------------------------
+class TensorReading:
+    """The batches of a TensorDataset: what default_collate would stack, taken from each tensor at once."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], selection: Tensor | None) -> None:
+        self.tensors = tensors
+        self.selection = selection
+        """The indices of the Subset, if it is one."""
+
+    @classmethod
+    def of(cls, dataset: Any, collate_fn: Any) -> TensorReading | None:
+        """Return how to read `dataset` this way, or None: another class, other tensors than plain ones, or its own collate_fn."""
+        selection: Tensor | None = None
+        if collate_fn is not default_collate:
+            return None
+        while type(dataset) is Subset:
+            try:
+                inner = torch.as_tensor(dataset.indices, dtype=torch.int64)
+                size = len(dataset.dataset)  # pyright: ignore[reportArgumentType]
+            except (TypeError, ValueError, RuntimeError):
+                return None
+            inner = torch.where(inner < 0, inner + size, inner)
+            selection = inner if selection is None else inner[selection]
+            dataset = dataset.dataset
+        if type(dataset) is not TensorDataset or not all(map(_is_plain, dataset.tensors)):
+            return None
+        return cls(dataset.tensors, selection)
+
+    def resolve(self, indices: Tensor | list[Any]) -> Tensor:
+        """Return an epoch's indices into the tensors."""
+        found = torch.as_tensor(indices, dtype=torch.int64)
+        if isinstance(indices, list):
+            size = len(self.tensors[0]) if self.selection is None else len(self.selection)
+            found = torch.where(found < 0, found + size, found)
+        return found if self.selection is None else self.selection[found]
+
+    def batches(self, index_tensors: Iterator[Tensor]) -> Iterator[list[Tensor]]:
+        """Yield a batch for each tensor of indices: new memory, as stacking would give."""
+        tensors = self.tensors
+        for index in index_tensors:
+            yield [tensor.index_select(0, index) for tensor in tensors]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and not tensor.requires_grad
+        and not tensor.is_quantized
+    )
+
+
+# -- workers ----------------------------------------------------------------------------------------------------------
+class WorkerLoader(DataLoader[Any]):
+    """The torch DataLoader that runs worker processes (and pins memory): its data set is a `Reading`, its sampler gives requests."""
+
+    def __init__(self, reading: Reading, requests: Any, loader: DataLoader[Any]) -> None:
+        """`requests` is iterated once a pass; everything else is as the user's `loader` has it."""
+        super().__init__(
+            reading if loader.num_workers else _Here(reading),  # pyright: ignore[reportArgumentType]
+            batch_size=None,
+            sampler=requests,
+            num_workers=loader.num_workers,
+            collate_fn=_as_it_is,
+            # torch warns at every pass when there is nothing to pin for; the user's own loader has said so.
+            pin_memory=loader.pin_memory and torch.accelerator.is_available(),
+            timeout=loader.timeout,
+            worker_init_fn=_WorkerStart(loader.worker_init_fn) if loader.num_workers else None,
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=torch.Generator(),
+            prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
+            persistent_workers=loader.persistent_workers,
+        )
+
+    def check_worker_number_rationality(self) -> None:
+        """Nothing: the user's own loader has said what there is to say."""
+
+
+class _Here:
+    """Reads in the process that trains (no workers, memory pinned all the same)."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.read = reading if reading.seeded else reading.plain
+
+    def __getitem__(self, request: Request) -> Any:
+        return self.read(request)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class _WorkerStart:
+    """Runs first in each worker, before the user's worker_init_fn."""
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self.then = then
+
+    def __call__(self, worker_id: int) -> None:
+        # Ctrl-C goes to every process of the terminal, and the trainer decides what it means. What a launcher or a job
+        # system sends to ask for a checkpoint is not for workers either.
+        for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        info = get_worker_info()
+        if info is not None and isinstance(info.dataset, Reading):
+            # Users open files on get_worker_info().dataset here; they mean their own data set.
+            object.__setattr__(info, "dataset", info.dataset.dataset)
+        if self.then is not None:
+            self.then(worker_id)
