@@ -150,7 +150,7 @@ class Strategy:
     # -- one optimizer step -------------------------------------------------------------------------------------------
     def grad_norm(self, parameters: Sequence[nn.Parameter], norm_type: float = 2.0) -> Tensor:
         """Return the norm of all gradients of `parameters` over all ranks: 0-d, at least fp32, the same on all ranks."""
-        return gradients.grad_norm(gradients.gradients(parameters), norm_type)
+        return gradients.grad_norm([p.grad for p in parameters if p.grad is not None], norm_type)
 
     def scale_gradients(self, parameters: Sequence[nn.Parameter], factor: Tensor | float) -> None:
         """Multiply all gradients of `parameters` by `factor` in place."""

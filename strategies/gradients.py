@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 
+_HALF = frozenset((torch.float16, torch.bfloat16))
+
+
 def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """Return the gradients that exist, in the order of `parameters`."""
     return [p.grad for p in parameters if p.grad is not None]
@@ -25,12 +28,17 @@ def grad_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """
     if not grads:
         return torch.zeros(())
-    if len({(g.dtype, g.device) for g in grads}) > 1:
-        device = grads[0].device
+    # A loop without calls: norms are taken at every step, and calls are what a step is measured by.
+    dtype, device, uniform = grads[0].dtype, grads[0].device, True
+    for g in grads:
+        if g.dtype is not dtype or g.device != device:
+            uniform = False
+            break
+    if not uniform:
         norms = [torch.linalg.vector_norm(g, norm_type, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
         wide = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
         return torch.linalg.vector_norm(torch.stack([n.to(device, wide) for n in norms]), norm_type)
-    norms = torch._foreach_norm(grads, norm_type, dtype=torch.promote_types(grads[0].dtype, torch.float32))
+    norms = torch._foreach_norm(grads, norm_type, dtype=torch.float32 if dtype in _HALF else None)
     return torch.linalg.vector_norm(torch.stack(norms), norm_type)
 
 

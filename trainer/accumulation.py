@@ -12,7 +12,7 @@ however they were cut. With W ranks (whose gradients the backward pass averages)
                                                                     P: a power of two, T: all counts of window and ranks
 
 `begin` opens the next micro-batch, `weigh_sum` takes a sum with its count, `settle` returns the factor that remains for the
-gradients (None for 1). P is a power of two so that dividing by it rounds nothing; it keeps the sums in range.
+gradients where `uneven` says that there is one. P is a power of two so that dividing by it rounds nothing; it keeps the sums in range.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from ..strategies.world import World
     from .data.loader import Loader
 
-__all__ = ["Window"]
+__all__ = ["MEAN", "SUM", "Window", "mixed_window"]
 
-_NONE, _MEAN, _SUM = 0, 1, 2
+MEAN, SUM = 1, 2
 
 
 class Window:
@@ -44,6 +44,8 @@ class Window:
         sync: whether the open micro-batch is the window's last, the one that ends with an optimizer step.
         scale: what the open micro-batch's mean loss is multiplied by.
         backwards: backward passes since the window opened.
+        kind: what the window's losses are: MEAN, SUM, or 0 before the first.
+        uneven: whether the gradients are still to be multiplied by what `settle` returns, when `sync`.
     """
 
     __slots__ = (
@@ -53,17 +55,18 @@ class Window:
         "_held",
         "_inverse",
         "_items",
-        "_kind",
         "_remaining",
         "_settled",
         "backwards",
         "index",
+        "kind",
         "number",
         "ranks",
         "samples",
         "scale",
         "size",
         "sync",
+        "uneven",
     )
 
     def __init__(self, size: int = 1, ranks: int = 1) -> None:
@@ -75,11 +78,13 @@ class Window:
         self.backwards = 0
         self.samples: int | None = None  # this rank's real samples in the open micro-batch, where known
         self._divisor = 0.0  # P; 0 until the first sum
-        self._reset()
+        self._open()
         self.resize(size)
 
-    def _reset(self) -> None:
-        self._kind = _NONE
+    def _open(self) -> None:
+        """Forget the window before. `begin` does the same in line."""
+        self.kind = 0
+        self.uneven = False
         self._items: Any = 0
         self._held = 0  # samples of the window so far, over all ranks
         self._expected = 0  # samples that `scale` was made for; 0 when they are not counted
@@ -97,9 +102,8 @@ class Window:
         if self.sync:
             self.number += 1
             self.index = 1
-            self.backwards = 0
-            if self._kind or self._held or self._settled:
-                self._reset()
+            self.backwards = self.kind = self._held = self._expected = 0
+            self._items, self._remaining, self._settled, self.uneven = 0, None, False, False
             if loader is not None and loader.batch_samples is not None:
                 self._expected = self.size * loader.batch_samples
                 if loader.remaining is not None and loader.remaining < self._expected and ends_with_data:
@@ -110,25 +114,23 @@ class Window:
         if loader is None:
             self.samples = None
             self.scale = self._inverse
+            self.uneven = self.kind == SUM or self.index != self.size
             return
         self.samples = loader.num_samples
         if loader.is_last and ends_with_data:
             self.sync = True
         if self._remaining is not None:
             self.scale = loader.num_samples * self.ranks / self._remaining
-        elif self._expected:
+            return
+        if self._expected:
             # Whole batches have the plain 1/A, so that nothing is rounded that a hand-written loop would not round.
             self._held += loader.global_samples
             whole = loader.global_samples == loader.batch_samples and loader.num_samples * self.ranks == loader.global_samples
             self.scale = self._inverse if whole else loader.num_samples * self.ranks / self._expected
+            self.uneven = self.kind == SUM or self._held != self._expected
         else:
             self.scale = self._inverse
-
-    def take_mean(self) -> None:
-        """Note that the open micro-batch's loss is a mean."""
-        if self._kind == _SUM:
-            raise _mixed()
-        self._kind = _MEAN
+            self.uneven = self.kind == SUM or self.index != self.size
 
     def weigh_sum(self, loss: Tensor, num_items: Tensor | int, world: World) -> Tensor:
         """Return `loss`, a sum over `num_items` items, divided by the power of two that the window uses.
@@ -136,9 +138,9 @@ class Window:
         Raises:
             DataError: the window already holds a loss that is a mean.
         """
-        if self._kind == _MEAN:
-            raise _mixed()
-        self._kind = _SUM
+        if self.kind == MEAN:
+            raise mixed_window()
+        self.kind, self.uneven = SUM, True
         if not self._divisor:
             self._divisor = _power_of_two(num_items, world)
         if self.samples == 0:  # a rank that only got padding: its items count for nothing
@@ -158,7 +160,7 @@ class Window:
         return self._factor
 
     def _settle(self, world: World) -> Tensor | float | None:
-        if self._kind == _SUM:
+        if self.kind == SUM:
             count = self._items if isinstance(self._items, Tensor) else torch.tensor(float(self._items), dtype=torch.float64)
             if world.size > 1 and self.ranks > 1:
                 count = world.all_reduce(count.to(torch.float64))
@@ -180,7 +182,7 @@ class Window:
         """Take back what `state_dict` returned, with no window open."""
         self._divisor, self.number = float(state["divisor"]), int(state["number"])
         self.index, self.sync, self.backwards = 0, True, 0
-        self._reset()
+        self._open()
 
 
 def _power_of_two(num_items: Tensor | int, world: World) -> float:
@@ -191,7 +193,8 @@ def _power_of_two(num_items: Tensor | int, world: World) -> float:
     return 2.0 ** math.floor(math.log2(max(1.0, float(count.item()))))
 
 
-def _mixed() -> DataError:
+def mixed_window() -> DataError:
+    """The error for a window that holds both kinds of losses."""
     return DataError(
         "One accumulation window holds both a loss that is a mean and one that is a sum with num_items. They cannot be averaged "
         "together. Return {'loss': sum, 'num_items': n} for every micro-batch, or the mean for every one."

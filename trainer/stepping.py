@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..strategies.errors import DataError, NonFiniteError
 from . import config as configuration
+from .accumulation import MEAN, SUM, mixed_window
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
@@ -123,7 +124,9 @@ class Stepping:
         if num_items is not None:
             loss = window.weigh_sum(loss, num_items, self.world)
         else:
-            window.take_mean()
+            if window.kind == SUM:
+                raise mixed_window()
+            window.kind = MEAN
             if window.scale != 1.0:
                 loss = loss * window.scale
         if self._scales_loss:
@@ -170,12 +173,13 @@ class Stepping:
         parameters = optimizer.parameters
         if self._scales_loss:
             strategy.unscale_(optimizer.optimizer)
-        factor = window.settle(self.world) if optimizer.window != window.number else None
+        factor = window.settle(self.world) if window.uneven and optimizer.window != window.number else None
         optimizer.window = window.number
         if max_norm is not None or self._checks_gradients:
             norm = strategy.grad_norm(parameters)
             self.last_grad_norm = norm
-            if self._checks_gradients and not self._gradients_finite(norm, optimizer):
+            if self._checks_gradients and not math.isfinite(norm.item()):
+                self._gradients_not_finite(optimizer)
                 return False
             if max_norm is not None:
                 scale = 1.0 if factor is None else factor
@@ -192,9 +196,8 @@ class Stepping:
         optimizer.stepped = strategy.step(optimizer.optimizer)
         return optimizer.stepped
 
-    def _gradients_finite(self, norm: Tensor, optimizer: PreparedOptimizer) -> bool:
-        if math.isfinite(norm.item()):
-            return True
+    def _gradients_not_finite(self, optimizer: PreparedOptimizer) -> None:
+        """Raise, or count the step as skipped."""
         if self.nonfinite == "raise":
             names = _not_finite_names(optimizer, self.models)
             raise NonFiniteError(
@@ -202,7 +205,6 @@ class Stepping:
                 "step. Lower the learning rate, clip the gradients, or pass nonfinite='skip' to leave such steps out."
             )
         self.skipped_steps += 1
-        return False
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor | None:
         """Scale the gradients of `parameters` to a joint norm of at most `max_norm` when the window is complete.
@@ -231,7 +233,7 @@ class Stepping:
         for optimizer in self.optimizers.values():
             if optimizer.window != self.window.number:
                 self.unscale_gradients(optimizer)
-                factor = self.window.settle(self.world)
+                factor = self.window.settle(self.world) if self.window.uneven else None
                 if factor is not None:
                     optimizer.strategy.scale_gradients(optimizer.parameters, factor)
                 optimizer.window = self.window.number
