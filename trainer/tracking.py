@@ -164,7 +164,8 @@ class _RemoteHandle(_Handle):
         if self.logger.required:
             self._started.wait()
             if self._error is not None:
-                raise self.failure(*self._error) from self._error[1]
+                (what, error), self._error = self._error, None
+                raise self.failure(what, error) from error
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._tell()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...strategies.errors import ConfigError, unknown_name
@@ -46,7 +46,7 @@ def make_loggers(given: Any) -> list[Logger]:
         return []
     if isinstance(given, str | Logger):
         given = [given]
-    if not isinstance(given, Iterable):
+    if not isinstance(given, Iterable) or isinstance(given, Mapping):
         raise _not_a_logger(given)
     loggers: list[Logger] = []
     for item in given:
