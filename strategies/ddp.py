@@ -238,7 +238,7 @@ class DDPStrategy(Strategy):
         for model in models or self._replicas.values():
             replica = model if isinstance(model, Replica) else self._replicas.get(id(model))
             if replica is not None:
-                replica.__dict__["require_backward_grad_sync"] = enabled  # pyright: ignore[reportIndexIssue]
+                replica.set_sync(enabled)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Run the backward pass of `loss`; on return the gradients are the mean over ranks, unless sync is off.
@@ -253,6 +253,8 @@ class DDPStrategy(Strategy):
                 replica.__dict__["forward_ran"] = False  # pyright: ignore[reportIndexIssue]
             elif replica.require_backward_grad_sync:
                 replica.reducer.prepare_for_backward([loss])
+            if replica.rehearses:
+                replica.rehearse(loss)
         try:
             loss.backward(**kwargs)
             for replica in replicas:
@@ -271,8 +273,8 @@ class DDPStrategy(Strategy):
                 shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
                 return ConfigError(
                     f"{where}{len(names)} parameter(s) of model {replica.prepared_name!r} took no part in this loss: {shown}. "
-                    "DDP waits for the gradient of every parameter. Use them in the loss, freeze them (requires_grad_(False)) before "
-                    "the model is prepared, or say strategy=DDPStrategy(find_unused_parameters=True)."
+                    "DDP waits for the gradient of every parameter. Use them in the loss, freeze them (requires_grad_(False)) "
+                    "before the model is prepared, or say strategy=DDPStrategy(find_unused_parameters=True)."
                 )
         if "Expected to mark a variable ready only once" in text:
             found = re.search(r"Parameter at index (\d+)", text)

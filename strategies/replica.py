@@ -36,12 +36,14 @@ class Replica(DistributedDataParallel):
     process_group: dist.ProcessGroup
     prepared_name: str
     forward_ran: bool  # whether DDP's forward ran since the last backward
+    rehearses: bool  # whether the next backward pass is the first of a static graph, and not to be averaged
     numbered_names: list[str]  # the parameters' names, in the order of the reducer's numbers
 
     def __init__(self, model: nn.Module, name: str, **options: Any) -> None:
         # Past nn.Module's own __setattr__, which is not ready yet, and costs a dozen calls when it is.
         vars(self)["prepared_name"] = name
         vars(self)["forward_ran"] = False
+        vars(self)["rehearses"] = False
         vars(self)["numbered_names"] = []
         super().__init__(model, **options)
 
@@ -82,6 +84,27 @@ class Replica(DistributedDataParallel):
         if static_graph:
             # After the rebuilding, which a static graph would do only after its second step.
             self._set_static_graph()
+
+    def set_sync(self, enabled: bool) -> None:
+        """Say whether the forward and backward to come average gradients."""
+        if self.static_graph and not enabled and not self._static_graph_delay_allreduce_enqueued:
+            self.rehearses = True
+        else:
+            # Past nn.Module.__setattr__, which costs a dozen calls.
+            self.__dict__["require_backward_grad_sync"] = enabled  # pyright: ignore[reportIndexIssue]
+
+    def rehearse(self, loss: Tensor) -> None:
+        """Run the backward pass of `loss` for a static graph to be seen, and leave the gradients as they were.
+
+        torch learns the graph in the first backward pass, which must be one that averages; here it was to be one that does not.
+        """
+        self.rehearses = False
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
+        loss.backward(retain_graph=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.set_sync(False)
 
     def hush(self) -> None:
         """Use up torch's advice against find_unused_parameters, given once a process: here it was not the user who asked."""

@@ -199,8 +199,8 @@ class FP16Mixed(_Mixed):
         if skips > _SKIPS_AT_MOST:
             raise NonFiniteError(
                 f"fp16-mixed skipped {skips} steps of {type(optimizer).__name__} in a row: its gradients are NaN or Inf at "
-                "every loss scale, so the scale is not the reason. The weights are those of the last good step. Look at the loss, or "
-                "use precision='bf16-mixed', which has the range of fp32."
+                "every loss scale, so the scale is not the reason. The weights are those of the last good step. Look at the "
+                "loss, or use precision='bf16-mixed', which has the range of fp32."
             )
 
 
