@@ -49,6 +49,7 @@ from .reader import Checkpoint
 from .writer import make_folder, sync_folder, write_bytes
 
 T = TypeVar("T")
+Steps = list[int]  # named here: inside the store, `list` is a method
 _MARGIN = 2**20
 """Bytes that must stay free beside the checkpoint: headers, manifest, the file system's own."""
 _PATIENCE_S = 10.0
@@ -131,15 +132,16 @@ class CheckpointStore:
         """
         meta = meta or {}
         job = Job(step, self._world.rank, self._world.size)
+        what = f"Saving step {step}"
         prepared = self._try(lambda: job.prepare(tensors, values, rank_values or {}, rank_tensors or {}, meta))
-        reports = self._agree(step, prepared)
+        reports = self._agree(what, prepared)
         others = self._exchange(job, reports)
-        planned = self._agree(step, self._try(lambda: job.plan(others)))
+        planned = self._agree(what, self._try(lambda: job.plan(others)))
         needed = planned[0] + sum(report["bytes"] for report in reports)
-        temporary = self.root / self._from_main(step, lambda: self._open_temporary(step, needed))
+        temporary = self.root / self._from_main(what, lambda: self._open_temporary(step, needed))
         try:
-            written = self._agree(step, self._try(lambda: job.write(_wait_for(temporary))))
-            told = self._from_main(step, lambda: self._commit(job, temporary, written))
+            written = self._agree(what, self._try(lambda: job.write(_wait_for(temporary))))
+            told = self._from_main(what, lambda: self._commit(job, temporary, written))
         except BaseException:
             if self._world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -218,10 +220,10 @@ class CheckpointStore:
         return self._sequence + 1, named[1] + 1 if named else 1
 
     def _remove_replaced(self, step: int, path: Path) -> None:
-        for other in self._folders():
-            named = parse_folder(other.name)
-            if other != path and named and named[0] == step and not self._is_claimed(step, "resumed"):
-                self._delete(other)
+        with contextlib.suppress(OSError):  # the save itself has succeeded
+            for other in self._folders():
+                if other != path and _step_of(other) == step and step not in self._claims.get("resumed", ()):
+                    self._delete(other)
 
     # -- find and read ------------------------------------------------------------------------------------------------
     def list(self) -> list[CheckpointInfo]:
@@ -237,7 +239,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: there are checkpoints, and none is whole.
         """
-        infos, broken = self._world.broadcast_json(self._names() if self._world.rank == 0 else None)
+        infos, broken = self._from_main("Looking for checkpoints", self._names)
         notes: list[str] = []
         for name in reversed(infos):
             faults = self._faults_together(self.root / name)
@@ -282,8 +284,8 @@ class CheckpointStore:
 
     def path_of(self, step: int) -> Path | None:
         """Return the folder of `step`, the last one committed if it was saved again; None if there is none."""
-        own = [(named[1], path) for path in self._folders() if (named := parse_folder(path.name)) and named[0] == step]
-        return max(own)[1] if own else None
+        own = [path for path in self._folders() if _step_of(path) == step]
+        return own[-1] if own else None  # they are in order of (step, revision)
 
     # -- keep and delete ----------------------------------------------------------------------------------------------
     def protect(self, step: int, *, by: str = "user") -> None:
@@ -293,39 +295,39 @@ class CheckpointStore:
     def release(self, step: int, *, by: str = "user") -> None:
         self._claims.get(by, set()).discard(step)
 
-    def remove(self, steps: Iterable[int]) -> list[int]:
+    def remove(self, steps: Iterable[int]) -> Steps:
         """Delete the checkpoints of `steps` (together; rank 0 does it); return the steps that had to stay.
 
         A step stays that somebody protects or that was resumed from, and the last whole checkpoint always does.
         """
-        wanted = set(steps)
-        kept = sorted(s for s in wanted if any(s in claimed for claimed in self._claims.values()))
-        wanted -= set(kept)
-        if self._world.rank == 0 and wanted:
-            folders = self._folders()
-            going = [path for path in folders if (parse_folder(path.name) or (None,))[0] in wanted]
-            stays = [path for path in folders if path not in going]
-            if not any(path in self._whole for path in stays) and not any(self._is_whole(path) for path in stays):
-                rescued = next((path for path in reversed(going) if self._is_whole(path)), None)
-                going = [path for path in going if path != rescued]
-                kept += [named[0]] if rescued and (named := parse_folder(rescued.name)) else []
-            for path in going:
-                self._delete(path)
-        return self._world.broadcast_json(kept)
+        return self._from_main("Deleting checkpoints", lambda: self._remove(set(steps)))
 
-    def prune(self, keep: Keep) -> list[int]:
+    def _remove(self, wanted: set[int]) -> Steps:
+        kept = {step for step in wanted if any(step in claimed for claimed in self._claims.values())}
+        folders = self._folders()
+        going = [path for path in folders if _step_of(path) in wanted - kept]
+        stays = [path for path in folders if path not in going]
+        if not any(path in self._whole for path in stays) and not any(self._is_whole(path) for path in stays):
+            rescued = [path for path in reversed(going) if self._is_whole(path)][:1]
+            going = [path for path in going if path not in rescued]
+            kept |= {_step_of(path) for path in rescued}
+        kept |= {_step_of(path) for path in going if not self._delete(path)}
+        return sorted(kept)
+
+    def prune(self, keep: Keep) -> Steps:
         """Delete what no rule of `keep` names (together); return the steps that are gone. See `remove` for what stays."""
-        going: list[int] = []
-        if self._world.rank == 0 and (keep.last or keep.best or keep.every):
-            infos = self.list()
-            kept = {info.step for info in infos[len(infos) - keep.last :]} if keep.last else set[int]()
-            kept |= {info.step for info in infos if keep.every and info.step % keep.every == 0}
-            scored = [(score, info.step) for info in infos if (score := _score(info, keep.metric)) is not None]
-            kept |= {step for _, step in sorted(scored, reverse=keep.mode == "max")[: keep.best]}
-            going = sorted({info.step for info in infos} - kept)
-        going = self._world.broadcast_json(going)
-        stayed = self.remove(going)
-        return [step for step in going if step not in stayed]
+        return self._from_main("Deleting checkpoints", lambda: self._prune(keep))
+
+    def _prune(self, keep: Keep) -> Steps:
+        if not (keep.last or keep.best or keep.every):
+            return []
+        infos = self.list()
+        kept = {info.step for info in infos[len(infos) - keep.last :]} if keep.last else set[int]()
+        kept |= {info.step for info in infos if keep.every and info.step % keep.every == 0}
+        scored = [(score, info.step) for info in infos if (score := _score(info, keep.metric)) is not None]
+        kept |= {step for _, step in sorted(scored, reverse=keep.mode == "max")[: keep.best]}
+        going = {info.step for info in infos} - kept
+        return sorted(going - set(self._remove(going)))
 
     # -- inside -------------------------------------------------------------------------------------------------------
     def _folders(self) -> list[Path]:
@@ -345,7 +347,7 @@ class CheckpointStore:
             try:
                 infos.append(info_of(path, read_manifest(path)))
             except CheckpointError as error:
-                broken.append(((parse_folder(path.name) or (0, 0))[0], f"{path.name} was passed over: {error}"))
+                broken.append((_step_of(path), f"{path.name} was passed over: {error}"))
         return sorted(infos, key=lambda info: (info.sequence, info.step)), broken
 
     def _names(self) -> tuple[list[str], list[tuple[int, str]]]:
@@ -392,16 +394,17 @@ class CheckpointStore:
             self._whole.add(path)
         return path in self._whole
 
-    def _is_claimed(self, step: int, by: str) -> bool:
-        return step in self._claims.get(by, set())
-
-    def _delete(self, path: Path) -> None:
+    def _delete(self, path: Path) -> bool:
         """Delete a folder: first take its name away, so that a kill in between leaves no half checkpoint."""
         self._whole.discard(path)
         gone = self.root / f"{TEMPORARY}deleted-{path.name}-{secrets.token_hex(4)}"
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.rename(path, gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            sync_folder(self.root)  # else a power cut could undo the renaming and not the deleting
+        except OSError:
+            return not os.path.lexists(path)
+        shutil.rmtree(gone, ignore_errors=True)  # what is left of it goes at the next save
+        return True
 
     # -- one outcome on all ranks -------------------------------------------------------------------------------------
     def _try(self, action: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -410,30 +413,35 @@ class CheckpointStore:
         except Exception as error:
             return None, error
 
-    def _agree(self, step: int, outcome: tuple[Any, Exception | None]) -> list[Any]:
+    def _agree(self, what: str, outcome: tuple[Any, Exception | None]) -> list[Any]:
         """Tell each other how it went; return all reports, or raise on every rank what went wrong on any."""
         result, error = outcome
         told = {"failure": _describe(error) if error else None, "report": result}
         answers = self._world.gather_json(told)
         for rank, answer in enumerate(answers):
             if answer["failure"]:
-                raise self._failure(step, rank, answer["failure"]) from (error if rank == self._world.rank else None)
+                raise self._failure(what, rank, answer["failure"]) from (error if rank == self._world.rank else None)
         return [answer["report"] for answer in answers]
 
-    def _from_main(self, step: int, action: Callable[[], T]) -> T:
+    def _from_main(self, what: str, action: Callable[[], T]) -> T:
         """Do something on rank 0 and tell all ranks the result, or raise on all of them."""
         result, error = self._try(action) if self._world.rank == 0 else (None, None)
         told = self._world.broadcast_json({"failure": _describe(error) if error else None, "result": result})
         if told["failure"]:
-            raise self._failure(step, 0, told["failure"]) from error
+            raise self._failure(what, 0, told["failure"]) from error
         return told["result"]
 
-    def _failure(self, step: int, rank: int, failure: Mapping[str, str]) -> DrivetrainError:
+    def _failure(self, what: str, rank: int, failure: Mapping[str, str]) -> DrivetrainError:
         where = f"[rank {rank}/{self._world.size}] " if self._world.size > 1 else ""
-        text = f"{where}Saving step {step} in {self.root} failed: {failure['text']}"
+        text = f"{where}{what} in {self.root} failed: {failure['text']}"
         if failure["kind"] == "config":
             return ConfigError(text)
-        return CheckpointError(f"{text}\nNothing was committed; the earlier checkpoints are untouched.")
+        committed = "\nNothing was committed; the earlier checkpoints are untouched." if what.startswith("Saving") else ""
+        return CheckpointError(text + committed)
+
+
+def _step_of(path: Path) -> int:
+    return (parse_folder(path.name) or (-1, 0))[0]
 
 
 def _wait_for(folder: Path) -> Path:
