@@ -19,6 +19,7 @@ What it does lies in files beside it: `stepping` (a step), `accumulation` (its w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ from .optimizers import PreparedOptimizer, PreparedScheduler, owners
 from .process_control import ProcessControl
 from .saving import Saving
 from .stepping import Accumulating, Stepping
+from .trackers import Trackers
 
 if TYPE_CHECKING:
     from .data.loader import Loader
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["Accelerator"]
 
 
-class Accelerator(Stepping, ProcessControl, Gathering, Saving):
+class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
     """Prepares models, optimizers, schedulers and loaders for the machine at hand, and does what a step needs beside your code.
 
     Args:
@@ -57,7 +59,8 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving):
         seed: what the order of the data (and nothing else) is drawn from.
         nonfinite: what happens when a loss or gradient is NaN or Inf: "raise" (default), "skip" the step, or "ignore".
         step_scheduler_with_optimizer: whether `scheduler.step()` waits for its optimizer; False steps at every call.
-        project_dir: where `save_state()` without a path writes.
+        project_dir: where `save_state()` without a path and the trackers write.
+        log_with: names or objects of loggers for `init_trackers`.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving):
         gradient_accumulation_steps: int = 1,
         dataloader_config: DataLoaderConfiguration | None = None,
         project_dir: str | Path | None = None,
+        log_with: Any = (),
         seed: int | None = None,
         nonfinite: str = "raise",
         step_scheduler_with_optimizer: bool = True,
@@ -92,6 +96,7 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving):
         self.precision: Precision = self.strategy.precision
         self.dataloader_config = dataloader_config if dataloader_config is not None else DataLoaderConfiguration()
         self.project_dir = None if project_dir is None else Path(project_dir)
+        self.log_with = log_with
         self.seed = seed if seed is not None else 0
         self.nonfinite = nonfinite
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
@@ -225,6 +230,34 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving):
         start = len(self.models)
         return ["model" if start + i == 0 else f"model_{start + i}" for i in range(count)]
 
+    def skip_first_batches(self, dataloader: Loader, num_batches: int = 0) -> Loader:
+        """Return a prepared loader like `dataloader` whose next epoch starts after its first `num_batches`, without reading them."""
+        from .data.loader import skip_first_batches
+
+        loader = skip_first_batches(dataloader, num_batches)
+        loader.on_iter = self._follow
+        return loader
+
+    def join_uneven_inputs(self, joinables: Sequence[nn.Module], even_batches: bool | None = None) -> AbstractContextManager[Any]:
+        """A context in which ranks may run different numbers of steps: those without data answer the others' collectives.
+
+        Prepared loaders need none (they never end unevenly); it is for loops over data of your own. `even_batches` is accepted:
+        no loader of ours pads.   Source: torch.distributed.algorithms.join.Join.
+        Raises:
+            ConfigError: a model that cannot be joined (only ddp's can).
+        """
+        if self.world.size == 1:
+            return nullcontext()
+        from torch.distributed.algorithms.join import Join, Joinable
+
+        for model in joinables:
+            if not isinstance(model, Joinable):
+                raise ConfigError(
+                    f"join_uneven_inputs takes models prepared by ddp, got {type(model).__name__} under {self.strategy.name!r}. "
+                    "Use a prepared loader: its ranks end together."
+                )
+        return Join([m for m in joinables if isinstance(m, Joinable)])
+
     def unwrap_model(self, model: nn.Module) -> nn.Module:
         """Return the module that was given to `prepare`."""
         for name, prepared in self.prepared_models.items():
@@ -256,7 +289,8 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving):
         return [None for _ in objects]
 
     def end_training(self) -> None:
-        """Stop the strategies, and the world if it was started here."""
+        """Close the trackers, stop the strategies, and the world if it was started here."""
+        self._end_trackers()
         self.strategy.stop()
         for strategy in self.strategies.values():
             strategy.stop()

@@ -100,7 +100,7 @@ def announce(trainer: Trainer) -> None:
     batch = f"{samples * window.size} samples a step" if samples else f"{window.size} batches a step"
     resumed = f"step {trainer.progress.global_step}" if trainer.is_resumed else "new run"
     items = [
-        ("device", str(trainer.world.device), f"{ranks} process{'es' if ranks > 1 else ''}"),
+        ("device", str(trainer.world.device), f"{ranks} process{'es' if ranks > 1 else ''}; {trainer.world.device_reason}"),
         ("strategy", trainer.strategy.name, accelerator.strategy_reason),
         ("precision", trainer.precision.name, "asked for" if trainer.precision_asked is not None else "default"),
         ("batch", batch, f"{window.size} micro-batch{'es' if window.size > 1 else ''} x {ranks} rank{'s' if ranks > 1 else ''}"),

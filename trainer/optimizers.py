@@ -199,7 +199,7 @@ def read_optimizers(returned: Any, module: str) -> tuple[dict[str, Optimizer], l
     elif isinstance(returned, list | tuple):
         for i, entry in enumerate(returned):
             add_entry("optimizer" if len(returned) == 1 else f"optimizer_{i}", entry)
-    elif isinstance(returned, Mapping) and "optimizer" not in returned and not ("lr_scheduler" in returned):
+    elif isinstance(returned, Mapping) and "optimizer" not in returned and "lr_scheduler" not in returned:
         for name, entry in returned.items():
             add_entry(str(name), entry)
     else:

@@ -74,6 +74,7 @@ class Runtime:
     log_every_n_steps: int
     options: dict[str, Any]
     config: dict[str, Any]
+    accelerator: Accelerator
 
     def __init__(self) -> None:
         self.stage = ""
@@ -104,11 +105,6 @@ class Runtime:
         self._saved_step = -1
 
     # -- what is there ------------------------------------------------------------------------------------------------
-    @property
-    def accelerator(self) -> Accelerator:
-        """The raw API that this run is made of: the same object that a loop of your own would use."""
-        return _present(self._accelerator, "accelerator")
-
     @property
     def module(self) -> TrainingModule:
         return _present(self._module, "module")
@@ -202,6 +198,7 @@ class Runtime:
     def log_point(self, metrics: Metrics) -> None:
         """Reduce what was logged since the last log point, tell the callbacks, and hand it to the loggers."""
         self.clock.note()
+        self.accelerator.check_finite()
         values = metrics.flush_step()
         norm = self.accelerator.last_grad_norm
         if norm is not None and self.logs_loss:

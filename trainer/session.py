@@ -19,7 +19,6 @@ from ..callbacks.runner import HookRunner, check_callbacks, check_state_keys, fi
 from ..strategies.errors import CheckpointError, ConfigError
 from . import defaults, run_data
 from . import state as run_state
-from .launch.script import ensure_ranks
 from .loops.evaluate import evaluate, predict
 from .loops.train import TrainLoop
 from .metrics import Metrics
@@ -50,13 +49,10 @@ class Session:
         trainer = self.trainer
         module = _checked_module(self.given)
         find_misspelt(module, TrainingModule, _MODULE_HOOKS)
-        devices = trainer.options["devices"]
-        ensure_ranks(None if devices == "auto" else devices, trainer.options["num_nodes"])
-        if trainer._accelerator is None:
-            trainer._accelerator = defaults.make_accelerator(trainer)
+        control = trainer.accelerator.world.control  # starts ranks, world and accelerator, where they are not there yet
         trainer._module, trainer.stage = module, self.stage
         module._trainer = trainer
-        self._signals = SignalHandlers(trainer.world.control)
+        self._signals = SignalHandlers(control)
         self._signals.__enter__()
         return self
 

@@ -50,6 +50,7 @@ class Stepping:
     after_backward: Sequence[Callable[[], None]]
     _bound: dict[Callable[..., Any], Callable[..., Any]]
     _accumulating: Accumulating
+    _gated: Tensor | None = None
 
     def _configure_hot_path(self) -> None:
         """Look up once what every step would ask: nothing of this changes after `prepare`."""
@@ -59,6 +60,7 @@ class Stepping:
         self._autocast = self.precision.autocast(self.device) if self.precision.autocast_dtype is not None else None
         self._reads_loss = self.nonfinite != "ignore" and self.device.type == "cpu"
         self._checks_gradients = self.nonfinite != "ignore" and not self._scales_loss
+        self._gates = self.device.type != "cpu"
 
     # -- one micro-batch ----------------------------------------------------------------------------------------------
     @property
@@ -178,9 +180,12 @@ class Stepping:
         if max_norm is not None or self._checks_gradients:
             norm = strategy.grad_norm(parameters)
             self.last_grad_norm = norm
-            if self._checks_gradients and not math.isfinite(norm.item()):
-                self._gradients_not_finite(optimizer)
-                return False
+            if self._checks_gradients:
+                if self._gates and _takes_found_inf(optimizer.optimizer):
+                    self._gate(norm, optimizer.optimizer)
+                elif not math.isfinite(norm.item()):
+                    self._gradients_not_finite(optimizer)
+                    return False
             if max_norm is not None:
                 scale = 1.0 if factor is None else factor
                 # The norm of the corrected gradient is scale * norm; both go into one multiplication.
@@ -195,6 +200,32 @@ class Stepping:
             strategy.clip_values(parameters, clip_value)
         optimizer.stepped = strategy.step(optimizer.optimizer)
         return optimizer.stepped
+
+    def _gate(self, norm: Tensor, optimizer: Any) -> None:
+        """Let a fused `optimizer` leave its step out, on the device, when `norm` is not finite: no value is read here.
+
+        `check_finite` reads the count of such steps, at a log point.
+        """
+        bad = (~torch.isfinite(norm)).float()
+        optimizer.grad_scale, optimizer.found_inf = None, bad
+        self._gated = bad if self._gated is None else self._gated + bad
+
+    def check_finite(self) -> int:
+        """Return how many steps were left out on the device since the last call, because a gradient was NaN or Inf.
+
+        Raises:
+            NonFiniteError: any, under nonfinite="raise". The weights are those before the first of them.
+        """
+        if self._gated is None:
+            return 0
+        count, self._gated = int(self._gated.item()), None
+        if count and self.nonfinite == "raise":
+            raise NonFiniteError(
+                f"In {count} step(s) since the last log point a gradient was NaN or Inf. Those steps were left out: the weights hold "
+                "none of it. Lower the learning rate, clip the gradients, or pass nonfinite='skip' to go on."
+            )
+        self.skipped_steps += count
+        return count
 
     def _gradients_not_finite(self, optimizer: PreparedOptimizer) -> None:
         """Raise, or count the step as skipped."""
@@ -274,6 +305,11 @@ class _NoSync:
     def __exit__(self, *error: object) -> None:
         for strategy in self._strategies:
             strategy.set_gradient_sync(self._models, True)
+
+
+def _takes_found_inf(optimizer: Any) -> bool:
+    """Whether `optimizer` itself leaves out a step for which `found_inf` is set (fused ones do).  Source: torch.optim, fused=True."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def _checked_loss(loss: Tensor) -> Tensor:
