@@ -12,8 +12,8 @@
             optimizer.zero_grad()
 
 The names are those of Hugging Face Accelerate 1.x. `Trainer` is written with this class and nothing below it.
-What it does lies in files beside it: `stepping` (a step), `accumulation` (its window), `optimizers`, `process_control`, `gathering`,
-`saving` (save_state and load_state), `data/` (loaders). No state of ours is global: several may live side by side.
+What it does lies in files beside it: `stepping` (a step), `accumulation` (its window), `optimizers`,
+`process_control`, `gathering`, `saving` (save_state and load_state), `trackers`, `data/` (loaders). No state of ours is global: several may live side by side.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         return ["model" if start + i == 0 else f"model_{start + i}" for i in range(count)]
 
     def skip_first_batches(self, dataloader: Loader, num_batches: int = 0) -> Loader:
-        """Return a prepared loader like `dataloader` whose next epoch starts after its first `num_batches`, without reading them."""
+        """Return a prepared loader like `dataloader` whose next epoch starts after `num_batches`, which are not read."""
         from .data.loader import skip_first_batches
 
         loader = skip_first_batches(dataloader, num_batches)

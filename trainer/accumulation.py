@@ -12,7 +12,8 @@ however they were cut. With W ranks (whose gradients the backward pass averages)
                                                                     P: a power of two, T: all counts of window and ranks
 
 `begin` opens the next micro-batch, `weigh_sum` takes a sum with its count, `settle` returns the factor that remains for the
-gradients where `uneven` says that there is one. P is a power of two so that dividing by it rounds nothing; it keeps the sums in range.
+gradients where `uneven` says that there is one. P is a power of two so that dividing by it rounds nothing; it keeps the sums in
+range.
 """
 
 from __future__ import annotations

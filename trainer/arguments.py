@@ -12,6 +12,8 @@ from .config import check_at_least, check_choice
 
 __all__ = ["check", "describe", "resume_of"]
 
+_FIT = ("resume", "ckpt_path", "datamodule", "train_dataloaders", "val_dataloaders")
+
 
 def check(given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments, checked; peers' values that mean ours are translated.
@@ -92,8 +94,6 @@ def resume_of(peers: Mapping[str, Any], given: str | Path | None, default: str |
     """Return what fit resumes from: its argument (or Lightning's `ckpt_path`), else the Trainer's."""
     for name in peers:
         if name != "ckpt_path":
-            raise UnknownName(
-                f"fit has no argument {name!r}.{suggest(name, ('resume', 'ckpt_path', 'datamodule', 'train_dataloaders', 'val_dataloaders'))}"
-            )
+            raise UnknownName(f"fit has no argument {name!r}.{suggest(name, _FIT)} Known: {', '.join(_FIT)}.")
     given = given if given is not None else peers.get("ckpt_path")
     return given if given is not None else default

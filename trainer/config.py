@@ -108,7 +108,8 @@ def _give_precision(strategy: Strategy, precision: Precision | None) -> None:
         return
     if strategy.precision is not None and strategy.precision.name != precision.name:
         raise ConfigError(
-            f"The run asks for precision {precision.name!r} and its strategy {strategy!r} for {strategy.precision.name!r}. Name it once."
+            f"The run asks for precision {precision.name!r} and its strategy {strategy!r} for {strategy.precision.name!r}. "
+            "Name it once."
         )
     if strategy.precision is None:
         strategy.precision = make_precision(precision)

@@ -67,7 +67,7 @@ class Gathering:
         return apply_to_collection(input_data, Tensor, one)
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        """Combine each tensor over all processes: "sum", "mean", "max", "min", or "none" (each keeps its own); then times `scale`.
+        """Combine each tensor over all processes: "sum", "mean", "max", "min", or "none" (each keeps its own); times `scale`.
 
         Raises:
             UnknownName: another word for `reduction`.

@@ -66,7 +66,7 @@ class TrainingModule(nn.Module):
         raise ConfigError(f"{type(self).__name__} defines no training_step(batch, batch_idx). Define it and return the loss.")
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Evaluate one batch, and `self.log` what you want to know; means are over all samples of all ranks, each counted once."""
+        """Evaluate one batch, and `self.log` what you want to know: means count each sample of all ranks exactly once."""
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """The same for `Trainer.test`."""

@@ -155,6 +155,7 @@ def steps_between_validations(interval: float | None, batches: int | None, windo
         return interval
     if batches is None:
         raise ConfigError(
-            f"val_check_interval={interval} is a part of the epoch, and the training loader has no length. Give a number of steps."
+            f"val_check_interval={interval} is a part of the epoch, and the training loader has no length. "
+            "Give a number of steps."
         )
     return max(1, int(-(-batches // window) * interval))

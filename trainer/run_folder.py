@@ -147,7 +147,8 @@ def _best(folder: Path) -> Path:
     best = [i for i in infos if i.meta.get("is_best")]
     if not best:
         raise CheckpointError(
-            f"resume='best': no checkpoint in {folder.absolute()} was saved as the best. Give Checkpoint(monitor=...) to the run, or use 'last'."
+            f"resume='best': no checkpoint in {folder.absolute()} was saved as the best. "
+            "Give Checkpoint(monitor=...) to the run, or use 'last'."
         )
     return best[-1].path
 

@@ -317,8 +317,8 @@ def _checked_module(module: Any) -> TrainingModule:
     if isinstance(module, type):
         raise ConfigError(f"A TrainingModule object was expected, got the class {module.__name__}. Call it: {module.__name__}().")
     raise ConfigError(
-        f"A TrainingModule was expected, got {type(module).__name__}. Subclass drivetrain.TrainingModule and give it training_step "
-        "and configure_optimizers; a plain nn.Module trains with the Accelerator."
+        f"A TrainingModule was expected, got {type(module).__name__}. Subclass drivetrain.TrainingModule and give it "
+        "training_step and configure_optimizers; a plain nn.Module trains with the Accelerator."
     )
 
 

@@ -83,7 +83,8 @@ def restore(
     known = {n.split("/", 2)[1] for n in names if n.startswith("model/")}
     if strict and (extra := known - set(accelerator.models)):
         raise CheckpointError(
-            f"The checkpoint holds the model(s) {', '.join(sorted(extra))}, and the run has {', '.join(accelerator.models) or 'none'}. "
+            f"The checkpoint holds the model(s) {', '.join(sorted(extra))}, and the run has "
+            f"{', '.join(accelerator.models) or 'none'}. "
             "Prepare the same models, or load with strict=False."
         )
     accelerator.precision.load_state_dict(checkpoint.value("precision"))
@@ -91,7 +92,8 @@ def restore(
     saved_schedulers = sum(n.startswith("scheduler/") for n in held)
     if saved_schedulers != len(accelerator.schedulers):
         raise CheckpointError(
-            f"The checkpoint holds {saved_schedulers} scheduler(s) and the run has {len(accelerator.schedulers)}. Build the same ones."
+            f"The checkpoint holds {saved_schedulers} scheduler(s) and the run has {len(accelerator.schedulers)}. "
+            "Build the same ones."
         )
     for i, scheduler in enumerate(accelerator.schedulers):
         scheduler.load_state_dict(checkpoint.value(f"scheduler/{i}"))
@@ -132,9 +134,7 @@ def load_models(accelerator: Accelerator, checkpoint: Checkpoint) -> None:
 def restore_random(checkpoint: Checkpoint, rank: int) -> list[str]:
     """Set this rank's random states; return notes. A rank that the saving run did not have keeps its own, with a note."""
     if rank >= checkpoint.world_size:
-        return [
-            f"rank {rank} has no random state in {checkpoint.path.name}, which {checkpoint.world_size} rank(s) saved; it keeps its own"
-        ]
+        return [f"rank {rank} keeps its own random state: {checkpoint.path.name} was saved by {checkpoint.world_size} rank(s)"]
     tensors = {n: checkpoint.rank_tensor(n, rank) for n in checkpoint.rank_names(rank) if n.startswith("rng/")}
     return rng.restore(tensors, checkpoint.rank_value("rng", rank))
 

@@ -221,8 +221,8 @@ class Stepping:
         count, self._gated = int(self._gated.item()), None
         if count and self.nonfinite == "raise":
             raise NonFiniteError(
-                f"In {count} step(s) since the last log point a gradient was NaN or Inf. Those steps were left out: the weights hold "
-                "none of it. Lower the learning rate, clip the gradients, or pass nonfinite='skip' to go on."
+                f"In {count} step(s) since the last log point a gradient was NaN or Inf. Those steps were left out: the "
+                "weights hold none of it. Lower the learning rate, clip the gradients, or pass nonfinite='skip' to go on."
             )
         self.skipped_steps += count
         return count
@@ -308,7 +308,7 @@ class _NoSync:
 
 
 def _takes_found_inf(optimizer: Any) -> bool:
-    """Whether `optimizer` itself leaves out a step for which `found_inf` is set (fused ones do).  Source: torch.optim, fused=True."""
+    """Whether `optimizer` itself leaves out a step for which `found_inf` is set (torch's fused ones)."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 

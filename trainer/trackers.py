@@ -37,7 +37,9 @@ class Trackers:
     _tracking: Tracking | None = None
     _logged_steps: int = 0
 
-    def init_trackers(self, project_name: str, config: Mapping[str, Any] | None = None, init_kwargs: Mapping[str, Any] | None = None) -> None:
+    def init_trackers(
+        self, project_name: str, config: Mapping[str, Any] | None = None, init_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         """Start the trackers of `log_with`, writing under `project_dir` (by default runs/<project_name>).
 
         Args:
@@ -68,7 +70,9 @@ class Trackers:
             ConfigError: before init_trackers, or with options for a tracker that has none.
         """
         if self._tracking is None:
-            raise ConfigError("log was called before init_trackers, so there is nothing to record to. Call init_trackers(name) first.")
+            raise ConfigError(
+                "log was called before init_trackers, so there is nothing to record to. Call init_trackers(name) first."
+            )
         if log_kwargs:
             raise ConfigError("log_kwargs: our trackers take no options per call. Give them to init_trackers(init_kwargs=...).")
         self._logged_steps = self._logged_steps + 1 if step is None else step
@@ -93,9 +97,9 @@ class Trackers:
     def profile(self, output_trace_dir: str | Path | None = None, **options: Any) -> Iterator[torch.profiler.profile]:
         """Profile the block by torch.profiler; with a folder, leave a Chrome trace of each rank there.
 
-            with accelerator.profile("traces", record_shapes=True) as profiler:
-                ...
-                profiler.step()
+        with accelerator.profile("traces", record_shapes=True) as profiler:
+            ...
+            profiler.step()
         """
         with torch.profiler.profile(**options) as profiler:
             yield profiler

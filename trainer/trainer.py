@@ -174,7 +174,7 @@ class Trainer(Runtime):
 
     @property
     def accelerator(self) -> Accelerator:
-        """The raw API that the runs are made of, started when it is first asked for: the object that a loop of your own would use."""
+        """The raw API that the runs are made of, started when first asked for: what a loop of your own would use."""
         if self._accelerator is None:
             devices = self.options["devices"]
             ensure_ranks(None if devices == "auto" else devices, self.options["num_nodes"])
@@ -187,4 +187,5 @@ class Trainer(Runtime):
         limit = (
             self.max_steps if self.max_steps is not None else f"{self.max_epochs} epochs" if self.max_epochs is not None else "?"
         )
-        return f"Trainer({strategy}{size}, {self.precision_asked.name if self.precision_asked else 'fp32'}, step {self.progress.global_step} of {limit})"
+        precision = self.precision_asked.name if self.precision_asked else "fp32"
+        return f"Trainer({strategy}{size}, {precision}, step {self.progress.global_step} of {limit})"
