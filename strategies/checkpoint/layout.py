@@ -196,6 +196,7 @@ def _check_manifest(content: dict[str, Any]) -> None:
         for name, entry in table.items():
             _need(entry["dtype"] in DTYPES, f"tensor {name!r}: dtype {entry['dtype']!r}")
             sizes(entry["shape"])
+            _need(isinstance(entry["pieces"], list) and len(entry["pieces"]) > 0, f"tensor {name!r}: no pieces")
             for piece in entry["pieces"]:
                 _need(piece["file"] in content["files"], f"tensor {name!r}: its file {piece['file']!r} is not listed")
                 _need(isinstance(piece["key"], str), f"tensor {name!r}: key")

@@ -1,0 +1,183 @@
+"""Damage of any kind to any file is noticed, by latest, by verify and by whoever reads it; nothing wrong is ever handed out."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from drivetrain.strategies.checkpoint import Checkpoint, CheckpointStore, layout, reader
+from drivetrain.strategies.errors import CheckpointError
+
+FILES = ("manifest.json", "shard-00000-of-00001.safetensors", "values.json", "values-00000.json")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two checkpoints with every kind of content, in checksum chunks of 256 bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("drivetrain.strategies.checkpoint.writer.CHUNK", 256)
+        for step in (1, 2):
+            generator = torch.Generator().manual_seed(step)
+            tensors = {f"w{i}": torch.randn(7 + i, 13, generator=generator) for i in range(3)}
+            values = {"counters": {"epoch": step, "text": "x" * 50, "list": list(range(40))}, "t": torch.arange(5)}
+            CheckpointStore(tmp_path).save(
+                step, tensors, values, rank_values={"r": [1.5] * 9}, rank_tensors={"rng": torch.arange(30)}
+            )
+    return tmp_path
+
+
+def read_everything(path: Path) -> None:
+    with Checkpoint(path) as checkpoint:
+        for name in checkpoint.names():
+            checkpoint.tensor(name)
+        for name in checkpoint.value_names():
+            checkpoint.value(name)
+        for name in checkpoint.rank_value_names(0):
+            checkpoint.rank_value(name, 0)
+        for name in checkpoint.rank_names(0):
+            checkpoint.rank_tensor(name, 0)
+
+
+def is_noticed(root: Path, path: Path, file: str) -> None:
+    """By name, by everyone, and the checkpoint before it is used."""
+    saver = CheckpointStore(root)
+    with pytest.raises(CheckpointError, match=file):
+        read_everything(path)
+    for full in (False, True):
+        faults = saver.verify(path, full=full)
+        assert faults
+        assert file in faults[0]
+    latest = saver.latest()
+    assert latest is not None
+    assert latest.step == 1
+    assert len(latest.notes) == 1
+    assert file in latest.notes[0]
+
+
+def test_every_flipped_bit_is_noticed(root: Path) -> None:
+    """600 random bits over all files, by their share of the bytes but at least 100 a file."""
+    path = root / "step-00000002"
+    generator = random.Random(3)
+    flips = 0
+    for file in FILES:
+        whole = (path / file).read_bytes()
+        for _ in range(150):
+            bit = generator.randrange(len(whole) * 8)
+            damaged = bytearray(whole)
+            damaged[bit // 8] ^= 1 << bit % 8
+            (path / file).write_bytes(damaged)
+            is_noticed(root, path, file)
+            flips += 1
+        (path / file).write_bytes(whole)
+    assert flips == 600
+    assert CheckpointStore(root).verify(path) == []
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda b: b"",
+    "one byte less": lambda b: b[:-1],
+    "half": lambda b: b[: len(b) // 2],
+    "one byte more": lambda b: b + b"\0",
+    "zeros at the end": lambda b: b[:-64] + bytes(64),
+    "all zeros": lambda b: bytes(len(b)),
+    "reversed": lambda b: b[::-1],
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_every_cut_or_overwritten_file_is_noticed(damage: str, file: str, root: Path) -> None:
+    path = root / "step-00000002"
+    (path / file).write_bytes(DAMAGE[damage]((path / file).read_bytes()))
+    is_noticed(root, path, file)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_deleted_file_is_noticed(file: str, root: Path) -> None:
+    (root / "step-00000002" / file).unlink()
+    is_noticed(root, root / "step-00000002", file)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_of_another_step_is_noticed(file: str, root: Path) -> None:
+    """A swapped manifest names another step; every other swapped file has other bytes, unless the content is the same."""
+    old, new = root / "step-00000001" / file, root / "step-00000002" / file
+    if old.read_bytes() == new.read_bytes():
+        assert file == "values-00000.json"
+        return
+    shutil.copy(old, new)
+    with pytest.raises(CheckpointError):
+        read_everything(new.parent)
+    latest = CheckpointStore(root).latest()
+    assert latest is not None
+    assert latest.step == 1
+
+
+def test_a_renamed_folder_is_noticed(root: Path) -> None:
+    (root / "step-00000002").rename(root / "step-00000007")
+    with pytest.raises(CheckpointError, match="the manifest is of step 2: the folder was renamed"):
+        CheckpointStore(root).open(7)
+
+
+def test_an_edited_manifest_is_noticed_however_well_formed(root: Path) -> None:
+    manifest = root / "step-00000002" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"step":2', '"step":3'))
+    with pytest.raises(CheckpointError, match="was changed after it was written"):
+        CheckpointStore(root).open(2)
+
+
+def test_files_that_the_manifest_does_not_name_do_no_harm(root: Path) -> None:
+    """Somebody's notes, or what a network file system leaves behind: never opened, no reason to lose a checkpoint."""
+    (root / "step-00000002" / ".nfs000001").write_bytes(b"x")
+    (root / "step-00000002" / "notes.txt").write_text("good one")
+    latest = CheckpointStore(root).latest()
+    assert latest is not None
+    assert latest.step == 2
+
+
+def test_a_copy_of_a_checkpoint_is_as_good(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "step-00000002", tmp_path / "elsewhere" / "my best")
+    assert CheckpointStore(root).verify(tmp_path / "elsewhere" / "my best") == []
+    read_everything(tmp_path / "elsewhere" / "my best")
+
+
+def test_damage_in_one_tensor_does_not_keep_the_others_from_being_read(root: Path) -> None:
+    """Only the chunks that are read are checked: what was asked for is right, or refused. w2 lies last in its file."""
+    shard = root / "step-00000002" / FILES[1]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with Checkpoint(shard.parent) as checkpoint:
+        with pytest.raises(CheckpointError, match="crc32 mismatch in bytes"):
+            checkpoint.tensor("w2")
+        assert checkpoint.tensor("w1").shape == (8, 13)
+
+
+def test_the_tests_notice_a_missing_checksum(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mutant: without the comparison a flipped bit comes through as another number."""
+    shard = root / "step-00000002" / FILES[1]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    monkeypatch.setattr(reader.VerifiedFile, "_check", lambda self, index, part: None)
+    with pytest.raises(pytest.fail.Exception):
+        is_noticed(root, shard.parent, FILES[1])
+
+
+def test_sha256_notices_what_was_made_to_fit_crc32(root: Path) -> None:
+    """verify(full=True) looks at more than the quick check: an entry whose crc32 fits other bytes is still found."""
+    path = root / "step-00000002"
+    manifest = layout.read_manifest(path)
+    entry = manifest["files"]["values.json"]
+    data = bytearray((path / "values.json").read_bytes())
+    data[-3] ^= 1
+    (path / "values.json").write_bytes(data)
+    entry["crc32"] = [zlib.crc32(data[i : i + 256]) for i in range(0, len(data), 256)]
+    manifest.pop("sha256")
+    (path / "manifest.json").write_bytes(layout.encode_manifest(manifest))
+    assert any("sha256 mismatch" in fault for fault in CheckpointStore(root).verify(path))
