@@ -1,6 +1,6 @@
 """The order is the architecture: strategies < callbacks < trainer. These tests read the sources and import nothing.
 
-The face (trainer/drivetrain/__init__.py) lies in trainer/ and counts as trainer: a lower layer cannot reach a higher one through it.
+The face (trainer/drivetrain/__init__.py) counts as trainer, where it lies: a lower layer cannot reach a higher one through it.
 """
 
 from __future__ import annotations
