@@ -21,7 +21,7 @@ def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def grad_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+def grad_norm(grads: list[Tensor], norm_type: float = 2.0) -> Tensor:
     """Return the joint norm of `grads` as a 0-d tensor: float64 for float64 gradients, else float32.
 
     No gradients at all have norm 0. Half-precision gradients are summed in float32, so that the norm cannot overflow.

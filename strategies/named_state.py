@@ -195,7 +195,7 @@ def _named(models: Mapping[str, nn.Module]) -> Iterable[tuple[str, nn.Parameter]
             yield f"{model_name}/{name}", parameter
 
 
-def _name_of(parameter: nn.Parameter, names: Mapping[int, str], optimizer: str) -> str:
+def _name_of(parameter: Tensor, names: Mapping[int, str], optimizer: str) -> str:
     name = names.get(id(parameter))
     if name is None:
         raise ConfigError(

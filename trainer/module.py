@@ -28,7 +28,7 @@ from ..strategies.errors import ConfigError
 from .config import resolve_peers
 
 if TYPE_CHECKING:
-    from .metrics import Metrics
+    from .metrics import Metrics, Reduction
     from .trainer import Trainer
 
 __all__ = ["TrainingModule"]
@@ -180,7 +180,7 @@ class TrainingModule(nn.Module):
         prog_bar: bool = False,
         on_step: bool | None = None,
         on_epoch: bool | None = None,
-        reduce: str = "mean",
+        reduce: Reduction = "mean",
         sync: bool = True,
         batch_size: float | None = None,
         **peers: Any,

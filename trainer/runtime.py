@@ -15,6 +15,8 @@ from torch import Tensor
 from ..strategies import control as codes
 from ..strategies.errors import ConfigError, suggest
 from . import state as run_state
+from .defaults import make_accelerator
+from .launch.script import ensure_ranks
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -74,7 +76,6 @@ class Runtime:
     log_every_n_steps: int
     options: dict[str, Any]
     config: dict[str, Any]
-    accelerator: Accelerator
 
     def __init__(self) -> None:
         self.stage = ""
@@ -105,6 +106,15 @@ class Runtime:
         self._saved_step = -1
 
     # -- what is there ------------------------------------------------------------------------------------------------
+    @property
+    def accelerator(self) -> Accelerator:
+        """The raw API that the runs are made of, started when first asked for: what a loop of your own would use."""
+        if self._accelerator is None:
+            devices = self.options["devices"]
+            ensure_ranks(None if devices == "auto" else devices, self.options["num_nodes"])
+            self._accelerator = make_accelerator(self)  # pyright: ignore[reportArgumentType]  # a Runtime is always a Trainer
+        return self._accelerator
+
     @property
     def module(self) -> TrainingModule:
         return _present(self._module, "module")

@@ -60,7 +60,7 @@ class Saving:
         store = CheckpointStore(self._folder(output_dir), self.world)
         if step is None:
             infos = store.list()
-            step = self.world.broadcast_json(infos[-1].step + 1 if infos else 1)
+            step = int(self.world.broadcast_json(infos[-1].step + 1 if infos else 1))
         found = run_state.collect(self, self._providers())  # pyright: ignore[reportArgumentType]
         info = store.save(
             step,

@@ -35,7 +35,6 @@ class Stepping:
     """Forward, backward and optimizer step, over accumulation windows."""
 
     world: World
-    device: torch.device
     strategy: Strategy
     strategies: dict[str, Strategy]
     precision: Precision
@@ -57,10 +56,10 @@ class Stepping:
         own = [s for s in (self.strategy, *self.strategies.values()) if not s.inference]
         self._syncing = [s for s in own if s.reduces_gradients]
         self._scales_loss = self.precision.scales_loss
-        self._autocast = self.precision.autocast(self.device) if self.precision.autocast_dtype is not None else None
-        self._reads_loss = self.nonfinite != "ignore" and self.device.type == "cpu"
+        self._autocast = self.precision.autocast(self.world.device) if self.precision.autocast_dtype is not None else None
+        self._reads_loss = self.nonfinite != "ignore" and self.world.device.type == "cpu"
         self._checks_gradients = self.nonfinite != "ignore" and not self._scales_loss
-        self._gates = self.device.type != "cpu"
+        self._gates = self.world.device.type != "cpu"
 
     # -- one micro-batch ----------------------------------------------------------------------------------------------
     @property
@@ -158,7 +157,7 @@ class Stepping:
 
     def autocast(self) -> Any:
         """The context of the precision, for code outside `forward_backward` and prepared models."""
-        return self.precision.autocast(self.device)
+        return self.precision.autocast(self.world.device)
 
     # -- one optimizer step -------------------------------------------------------------------------------------------
     def step(self, optimizer: PreparedOptimizer, *, max_norm: float | None = None, clip_value: float | None = None) -> bool:
@@ -260,7 +259,7 @@ class Stepping:
         """Bring all gradients into the unit of the loss; return the strategy and the list of `parameters`."""
         if not self.window.sync:
             return None
-        held = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        held: list[nn.Parameter] = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
         for optimizer in self.optimizers.values():
             if optimizer.window != self.window.number:
                 self.unscale_gradients(optimizer)

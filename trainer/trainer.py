@@ -21,15 +21,12 @@ from . import arguments
 from . import config as configuration
 from .clock import Clock, parse_time
 from .data.config import DataLoaderConfiguration
-from .defaults import make_accelerator
-from .launch.script import ensure_ranks
 from .loops.progress import Progress
 from .runtime import Runtime
 from .seed import seed_everything, set_deterministic
 from .session import Session
 
 if TYPE_CHECKING:
-    from .accelerator import Accelerator
     from .module import TrainingModule
 
 __all__ = ["Trainer"]
@@ -171,15 +168,6 @@ class Trainer(Runtime):
         with Session(self, "predict", module, datamodule) as session:
             return session.predict(dataloaders, ckpt_path)
         raise AssertionError("unreachable")
-
-    @property
-    def accelerator(self) -> Accelerator:
-        """The raw API that the runs are made of, started when first asked for: what a loop of your own would use."""
-        if self._accelerator is None:
-            devices = self.options["devices"]
-            ensure_ranks(None if devices == "auto" else devices, self.options["num_nodes"])
-            self._accelerator = make_accelerator(self)
-        return self._accelerator
 
     def __repr__(self) -> str:
         strategy = self.strategy_asked if isinstance(self.strategy_asked, str) else self.strategy_asked.name

@@ -174,7 +174,6 @@ class TrainLoop:
             trainer.log_point(self.metrics)
         if trainer.val_every_steps and step % trainer.val_every_steps == 0 and trainer.epoch_validates():
             trainer.validate_in_fit()
-        trainer.last_checkpoint_moment = step
         for hook in self.hooks.on_checkpoint_step:
             hook()
         self._plan_events()
