@@ -12,7 +12,20 @@ from typing import Any
 import drivetrain
 import pytest
 
-PUBLIC = ["Accelerator", "Callback", "Strategy", "Trainer", "TrainingModule"]
+PUBLIC = [
+    "Accelerator",
+    "Callback",
+    "Checkpoint",
+    "DataLoaderConfiguration",
+    "Logger",
+    "Precision",
+    "Strategy",
+    "Trainer",
+    "TrainingModule",
+    "launch",
+    "seed_everything",
+]
+
 
 PROBE = """
 import json, sys
@@ -49,6 +62,11 @@ def test_the_public_surface_is_pinned_and_sorted() -> None:
 def test_each_public_name_exists_and_says_what_it_is(name: str) -> None:
     assert getattr(drivetrain, name).__doc__
     assert name in dir(drivetrain)
+
+
+def test_the_three_folders_are_attributes_without_an_import_of_their_own(tmp_path: Path) -> None:
+    code = "import drivetrain; print(drivetrain.callbacks.__name__, drivetrain.strategies.__name__, drivetrain.trainer.__name__)"
+    assert python(code, tmp_path) == "drivetrain.callbacks drivetrain.strategies drivetrain.trainer\n"
 
 
 @pytest.mark.parametrize(("wrong", "right"), [("Acelerator", "Accelerator"), ("trainer_module", None), ("CallBack", "Callback")])

@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from drivetrain.callbacks.base import Callback
+    from drivetrain.callbacks.checkpoint import Checkpoint
+    from drivetrain.callbacks.loggers.base import Logger
     from drivetrain.strategies.base import Strategy
+    from drivetrain.strategies.precision.base import Precision
     from drivetrain.trainer.accelerator import Accelerator
+    from drivetrain.trainer.data.config import DataLoaderConfiguration
+    from drivetrain.trainer.launch.function import launch
     from drivetrain.trainer.module import TrainingModule
+    from drivetrain.trainer.seed import seed_everything
     from drivetrain.trainer.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -18,23 +24,45 @@ __version__ = "0.1.0"
 _HOMES = {
     "Accelerator": "drivetrain.trainer.accelerator",
     "Callback": "drivetrain.callbacks.base",
+    "Checkpoint": "drivetrain.callbacks.checkpoint",
+    "DataLoaderConfiguration": "drivetrain.trainer.data.config",
+    "Logger": "drivetrain.callbacks.loggers.base",
+    "Precision": "drivetrain.strategies.precision.base",
     "Strategy": "drivetrain.strategies.base",
     "Trainer": "drivetrain.trainer.trainer",
     "TrainingModule": "drivetrain.trainer.module",
+    "launch": "drivetrain.trainer.launch.function",
+    "seed_everything": "drivetrain.trainer.seed",
 }
 
-__all__ = ["Accelerator", "Callback", "Strategy", "Trainer", "TrainingModule"]
+_FOLDERS = ("callbacks", "strategies", "trainer")
+
+__all__ = [
+    "Accelerator",
+    "Callback",
+    "Checkpoint",
+    "DataLoaderConfiguration",
+    "Logger",
+    "Precision",
+    "Strategy",
+    "Trainer",
+    "TrainingModule",
+    "launch",
+    "seed_everything",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _FOLDERS:
+        return importlib.import_module(f"drivetrain.{name}")
     import difflib
 
-    near = difflib.get_close_matches(name, _HOMES, n=1)
+    near = difflib.get_close_matches(name, [*_HOMES, *_FOLDERS], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise AttributeError(f"module 'drivetrain' has no attribute {name!r}.{hint}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *_HOMES, *_FOLDERS})
