@@ -50,9 +50,7 @@ class Net(nn.Module):
 
 def batches(n: int, size: int = 12) -> list[tuple[Tensor, Tensor]]:
     g = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(size, 6, generator=g, dtype=torch.float64), torch.randint(0, 3, (size,), generator=g)) for _ in range(n)
-    ]
+    return [(torch.randn(size, 6, generator=g, dtype=torch.float64), torch.randint(0, 3, (size,), generator=g)) for _ in range(n)]
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
@@ -512,7 +510,11 @@ def alone() -> list[Any]:
     strategy = make_strategy("ddp")
     strategy.start(world)
     user = Net()
-    return [strategy.prepare_model("model", user) is user, strategy.data_shard, strategy.bind(user, "training_step").__self__ is user]
+    return [
+        strategy.prepare_model("model", user) is user,
+        strategy.data_shard,
+        strategy.bind(user, "training_step").__self__ is user,
+    ]
 
 
 def test_one_process_is_not_wrapped() -> None:
@@ -522,7 +524,9 @@ def test_one_process_is_not_wrapped() -> None:
 # -- errors ---------------------------------------------------------------------------------------------------------------
 
 
-def train_once(build: Callable[[int], nn.Module], options: dict[str, Any], change: Callable[[nn.Module], None] | None = None) -> None:
+def train_once(
+    build: Callable[[int], nn.Module], options: dict[str, Any], change: Callable[[nn.Module], None] | None = None
+) -> None:
     world = World.start("cpu")
     strategy = DDPStrategy(**options)
     strategy.start(world)
@@ -537,7 +541,9 @@ def train_once(build: Callable[[int], nn.Module], options: dict[str, Any], chang
 
 
 def test_parameters_without_a_gradient_are_named_before_the_optimizer_steps(ranks: Any) -> None:
-    with pytest.raises(ConfigError, match=r"2 parameter\(s\).*'model'.*: spare\.bias, spare\.weight\. .*find_unused_parameters=True"):
+    with pytest.raises(
+        ConfigError, match=r"2 parameter\(s\).*'model'.*: spare\.bias, spare\.weight\. .*find_unused_parameters=True"
+    ):
         ranks(2, train_once, lambda rank: Net(unused=True), {})
 
 
