@@ -111,7 +111,8 @@ def check_cover(name: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence
         return f"tensor {name!r}: its pieces hold {total:,} of {count(shape):,} elements"
     ordered = sorted(pieces, key=lambda piece: tuple(piece[0]))
     for index, (offset, size) in enumerate(ordered):
-        for other, other_size in ordered[index + 1 :]:
+        for later in range(index + 1, len(ordered)):
+            other, other_size = ordered[later]
             # In this order nothing further can overlap in dimension 0: linear for the usual cut along one dimension.
             if other and other[0] >= offset[0] + size[0]:
                 break

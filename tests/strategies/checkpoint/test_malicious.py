@@ -93,11 +93,12 @@ def test_a_pickle_anywhere_does_not_run(place: str, protocol: int, victim: Path,
     bomb = pickle.dumps(Bomb(tmp_path / "ran"), protocol)
     (victim / place).write_bytes(bomb)
     if place in (SHARD, "values.json"):
-        forge(victim, **{"shard" if place == SHARD else "values": bomb})
-    if (place in ("extra.pkl", ".metadata", "data.pkl")) is False:
-        is_refused(victim)
+        files = {"shard" if place == SHARD else "values": bomb}
+        forge(victim, lambda manifest: None, **files)
+    if place in ("extra.pkl", ".metadata", "data.pkl"):
+        read_everything(victim)  # nobody asks for it
     else:
-        read_everything(victim)
+        is_refused(victim)
     assert CheckpointStore(victim.parent).verify(victim) is not None
     assert not (tmp_path / "ran").exists()
     pickle.loads(bomb)  # the bomb is live

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -142,7 +142,7 @@ def test_a_slice_outside_and_an_unknown_name_are_refused(tmp_path: Path) -> None
         ({"w": 3}, {}, "Cannot save 'w': int"),
         ({"w": torch.ones(2, device="meta")}, {}, "meta device"),
         ({"w": torch.eye(3).to_sparse()}, {}, "layout torch.sparse_coo"),
-        ({"w": torch.empty(2, dtype=torch.uint4)}, {}, "torch.uint4"),
+        ({"w": torch.empty(2, dtype=cast(Any, torch).uint4)}, {}, "torch.uint4"),
         ({"value/w": torch.ones(2)}, {}, "store's own"),
         ({"w": Shard(torch.ones(3), (8,), (10,))}, {}, "does not lie in a tensor of shape"),
         ({}, {"EMA": {"state": {"fn": print}}}, re.escape("EMA.state['fn']: function")),
