@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,8 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         self.schedulers: list[PreparedScheduler] = []
         self.loaders: list[Loader] = []
         self.registered: list[Any] = []
-        self.active_loader: Loader | None = None  # the loader whose iteration is running
+        self.active_loader: Loader | None = None  # the loader whose iteration is running; the innermost, if there are several
+        self._iterating: list[tuple[Any, Loader]] = []
         self.skipped_steps = 0
         self.last_grad_norm: Tensor | None = None  # of the last step, before clipping; 0-d, not read
 
@@ -219,12 +221,16 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
             seed=self.seed,
             training=True if training is None else training,
         )
-        loader.on_iter = self._follow
+        loader.on_iter = partial(self._follow, loader._course)
         self.loaders.append(loader)
         return loader
 
-    def _follow(self, loader: Loader | None) -> None:
-        self.active_loader = loader
+    def _follow(self, course: Any, loader: Loader | None) -> None:
+        """Note that an iteration began (`loader`) or ended (None); the one that began last among the running ones is active."""
+        self._iterating = [(c, one) for c, one in self._iterating if c is not course]
+        if loader is not None:
+            self._iterating.append((course, loader))
+        self.active_loader = self._iterating[-1][1] if self._iterating else None
 
     def _new_names(self, count: int) -> list[str]:
         start = len(self.models)
@@ -234,9 +240,7 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         """Return a prepared loader like `dataloader` whose next epoch starts after `num_batches`, which are not read."""
         from .data.loader import skip_first_batches
 
-        loader = skip_first_batches(dataloader, num_batches)
-        loader.on_iter = self._follow
-        return loader
+        return skip_first_batches(dataloader, num_batches)
 
     def join_uneven_inputs(self, joinables: Sequence[nn.Module], even_batches: bool | None = None) -> AbstractContextManager[Any]:
         """A context in which ranks may run different numbers of steps: those without data answer the others' collectives.
@@ -283,7 +287,9 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         self.loaders.clear()
         self.registered.clear()
         self._bound.clear()
+        self._iterating.clear()
         self.active_loader = None
+        self.window.close()
         if self.device.type != "cpu":
             torch.accelerator.empty_cache()
         return [None for _ in objects]

@@ -133,6 +133,27 @@ class Window:
             self.scale = self._inverse
             self.uneven = self.kind == SUM or self.index != self.size
 
+    def alone(self, loader: Loader | None, *, fresh: bool) -> None:
+        """Take a backward pass outside of `accumulate`: the caller steps when it wants, so every micro-batch is `sync`.
+
+        Args:
+            fresh: an optimizer stepped since the backward pass before, so that a new window begins.
+        """
+        if fresh:
+            self.number += 1
+            self.backwards = 0
+            self._open()
+        self.samples = None if loader is None else loader.num_samples
+        self.scale = self._inverse
+        if loader is not None and loader.num_samples * self.ranks != loader.global_samples:
+            self.scale *= loader.num_samples * self.ranks / loader.global_samples
+
+    def close(self) -> None:
+        """Let the next micro-batch open a new window, whatever this one held: its gradients are not stepped on."""
+        self.sync = True
+        if self.index:
+            self.index = self.size
+
     def weigh_sum(self, loss: Tensor, num_items: Tensor | int, world: World) -> Tensor:
         """Return `loss`, a sum over `num_items` items, divided by the power of two that the window uses.
 

@@ -47,7 +47,7 @@ class Gathering:
         Lengths may differ between ranks. Objects other than tensors (or `use_gather_object=True`) come back as one flat list.
         """
         loader = self.active_loader
-        real = loader.num_samples if loader is not None and loader.batch_samples is not None else None
+        real = loader.num_samples if loader is not None else None
         if use_gather_object or not _holds_tensor(input_data):
             mine = (
                 list(input_data) if isinstance(input_data, Iterable) and not isinstance(input_data, str | bytes) else [input_data]

@@ -31,6 +31,7 @@ class PreparedOptimizer(Optimizer):
         optimizer: the one that was given to `prepare` (or what the strategy made of it).
         parameters: its parameters, over all groups.
         stepped: whether the last call of `step` changed the weights. False within a window, and when the step was skipped.
+        step_was_skipped: whether the last complete window ended without a step (fp16 overflow, a value not finite, no items).
     """
 
     def __init__(self, optimizer: Optimizer, strategy: Strategy, accelerator: Accelerator, name: str) -> None:
@@ -40,8 +41,9 @@ class PreparedOptimizer(Optimizer):
         self.accelerator = accelerator
         self.name = name
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
-        self.stepped = False
-        self.window = -1  # the number of the window that was last stepped
+        self.stepped = self.step_was_skipped = False
+        self.window = -1  # the number of the window whose gradients were last brought into their unit, or stepped on
+        self._ids = frozenset(map(id, self.parameters))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -59,16 +61,15 @@ class PreparedOptimizer(Optimizer):
     def defaults(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.optimizer.defaults
 
-    @property
-    def step_was_skipped(self) -> bool:
-        """Whether the last complete window ended without a step of this optimizer (fp16 overflow, a value not finite)."""
-        return not self.stepped
+    def holds(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether any of `parameters` is one of this optimizer's."""
+        return any(id(p) in self._ids for p in parameters)
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Step when the window is complete; within a window do nothing."""
         if closure is not None:
             self.optimizer.step(closure)
-            self.stepped = True
+            self.stepped, self.step_was_skipped, self.window = True, False, self.accelerator.window.number
         else:
             self.accelerator.step(self)
 
@@ -81,6 +82,7 @@ class PreparedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.optimizer.add_param_group(param_group)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._ids = frozenset(map(id, self.parameters))
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -89,6 +91,8 @@ class PreparedOptimizer(Optimizer):
         self.optimizer.load_state_dict(state_dict)
 
     def __getattr__(self, name: str) -> Any:
+        if "optimizer" not in self.__dict__:  # a copy that is being made
+            raise AttributeError(name)
         return getattr(self.__dict__["optimizer"], name)
 
     def __repr__(self) -> str:
@@ -114,6 +118,8 @@ class PreparedScheduler:
         self.scheduler.load_state_dict(state_dict)
 
     def __getattr__(self, name: str) -> Any:
+        if "scheduler" not in self.__dict__:  # a copy that is being made
+            raise AttributeError(name)
         return getattr(self.__dict__["scheduler"], name)
 
 

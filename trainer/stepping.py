@@ -120,6 +120,9 @@ class Stepping:
         if self._reads_loss and not math.isfinite(loss.item()):
             loss = self._loss_not_finite(loss)
         window = self.window
+        if not window.index:  # outside of `accumulate`
+            stepped = any(o.window == window.number for o in self.optimizers.values())
+            window.alone(self.active_loader, fresh=stepped or not window.number)
         for hook in self.before_backward:
             hook(loss)
         if num_items is not None:
@@ -143,6 +146,9 @@ class Stepping:
             loss = _checked_loss(loss)
         if self._reads_loss and not math.isfinite(loss.item()):
             loss = self._loss_not_finite(loss)
+        loader, ranks = self.active_loader, self.window.ranks
+        if loader is not None and loader.num_samples * ranks != loader.global_samples:  # a ragged tail: ranks hold unequal parts
+            loss = loss * (loader.num_samples * ranks / loader.global_samples)
         self.window.backwards += 1
         self.strategy.manual_backward(self.precision.scale(loss) if self._scales_loss else loss, **kwargs)
 
@@ -170,11 +176,20 @@ class Stepping:
         optimizer.stepped = False
         if not window.sync:
             return False
+        optimizer.step_was_skipped = True
         strategy = optimizer.strategy
         parameters = optimizer.parameters
         if self._scales_loss:
             strategy.unscale_(optimizer.optimizer)
-        factor = window.settle(self.world) if window.uneven and optimizer.window != window.number else None
+        factor = None
+        if window.uneven:
+            factor = window.settle(self.world)
+            if isinstance(factor, float) and factor == 0.0:  # the whole window held no items: there is nothing to step on
+                self.skipped_steps += 1
+                optimizer.window = window.number
+                return False
+            if optimizer.window == window.number:  # multiplied already, by `clip_grad_norm_` or `settle_gradients`
+                factor = None
         optimizer.window = window.number
         if max_norm is not None or self._checks_gradients:
             norm = strategy.grad_norm(parameters)
@@ -191,14 +206,12 @@ class Stepping:
                 factor = (max_norm / (norm * scale + 1e-6)).clamp_(max=1.0) * scale
                 self.last_grad_norm = norm * scale
         if factor is not None:
-            if isinstance(factor, float) and factor == 0.0:  # the whole window held no items: there is nothing to step on
-                self.skipped_steps += 1
-                return False
             strategy.scale_gradients(parameters, factor)
         if clip_value is not None:
             strategy.clip_values(parameters, clip_value)
-        optimizer.stepped = strategy.step(optimizer.optimizer)
-        return optimizer.stepped
+        stepped = strategy.step(optimizer.optimizer)
+        optimizer.stepped, optimizer.step_was_skipped = stepped, not stepped
+        return stepped
 
     def _gate(self, norm: Tensor, optimizer: Any) -> None:
         """Let a fused `optimizer` leave its step out, on the device, when `norm` is not finite: no value is read here.
@@ -256,18 +269,30 @@ class Stepping:
             ready[0].clip_values(ready[1], clip_value)
 
     def _ready(self, parameters: Any) -> tuple[Strategy, list[nn.Parameter]] | None:
-        """Bring all gradients into the unit of the loss; return the strategy and the list of `parameters`."""
+        """Bring the gradients of `parameters` into the unit of the loss; return their strategy, and them as a list."""
         if not self.window.sync:
             return None
         held: list[nn.Parameter] = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+        strategy = self.strategy
         for optimizer in self.optimizers.values():
-            if optimizer.window != self.window.number:
-                self.unscale_gradients(optimizer)
-                factor = self.window.settle(self.world) if self.window.uneven else None
-                if factor is not None:
-                    optimizer.strategy.scale_gradients(optimizer.parameters, factor)
-                optimizer.window = self.window.number
-        return self.strategy, held
+            # Those of another optimizer may not be complete yet: its backward pass may still come (a GAN's other half).
+            if len(self.optimizers) == 1 or optimizer.holds(held):
+                self.settle_gradients(optimizer)
+                strategy = optimizer.strategy
+        return strategy, held
+
+    def settle_gradients(self, optimizer: PreparedOptimizer) -> None:
+        """Bring the gradients of `optimizer` into the unit of the loss, once a window: what `step` and the clipping do by themselves.
+
+        Until then they may lack a factor: fp16's scale, that of a window cut short, the count of `num_items`.
+        """
+        window = self.window
+        if window.sync and optimizer.window != window.number:
+            self.unscale_gradients(optimizer)
+            factor = window.settle(self.world) if window.uneven else None
+            if factor is not None:
+                optimizer.strategy.scale_gradients(optimizer.parameters, factor)
+            optimizer.window = window.number
 
     def unscale_gradients(self, optimizer: PreparedOptimizer | None = None) -> None:
         """Bring fp16's scaled gradients back to the loss's unit, once a window; other precisions have nothing to do."""

@@ -39,6 +39,7 @@ class TrainLoop:
         self.hooks = trainer.hooks
         self.metrics = trainer.train_metrics
         self.automatic = self.module.automatic_optimization
+        self.step = self.module.training_step if self.automatic else self.accelerator.bind(self.module, "training_step")
         self._next_event = 0
         self._log_due = False
         self._reported_empty = False
@@ -68,6 +69,7 @@ class TrainLoop:
         for batch in loader:
             batch_idx = progress.batch_in_epoch
             if batch_start and self._any_skips(batch_start, batch, batch_idx):
+                window.close()
                 return True
             with accelerator.accumulate():
                 if window.index == 1:
@@ -119,10 +121,12 @@ class TrainLoop:
 
     def _manual_step(self, batch: Any, batch_idx: int) -> Any:
         """Run a step that does its own backward and optimizer steps."""
-        for optimizer in self.accelerator.optimizers.values():
+        accelerator = self.accelerator
+        for optimizer in accelerator.optimizers.values():
             optimizer.stepped = False
-        with self.accelerator.autocast():
-            return self.module.training_step(batch, batch_idx)
+        accelerator.window.uneven = False  # `manual_backward` weights each loss by itself
+        with accelerator.autocast():
+            return self.step(batch, batch_idx)
 
     def _log_loss(self, output: Any) -> None:
         loss = output.get("loss") if isinstance(output, dict) else output
@@ -136,15 +140,23 @@ class TrainLoop:
         """Clip, step and schedule: the window is complete."""
         trainer, progress = self.trainer, self.progress
         stepped = False
+        accelerator = self.accelerator
         if self.automatic:
+            if not accelerator.window.backwards:  # every step of the window returned None
+                progress.skipped += 1
+                return
+            before_step = self.hooks.on_before_optimizer_step
             clip_norm, clip_value, own_clipping = trainer.clip_norm, trainer.clip_value, trainer.module_clips
             for optimizer in optimizers:
-                for hook in self.hooks.on_before_optimizer_step:
-                    hook(optimizer)
-                if own_clipping:
-                    self.accelerator.unscale_gradients(optimizer)
+                if before_step or own_clipping:
+                    accelerator.settle_gradients(optimizer)
+                    for hook in before_step:
+                        hook(optimizer)
+                if own_clipping:  # in place of the trainer's
                     self.module.configure_gradient_clipping(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
-                stepped = self.accelerator.step(optimizer, max_norm=clip_norm, clip_value=clip_value) or stepped
+                    stepped = accelerator.step(optimizer) or stepped
+                else:
+                    stepped = accelerator.step(optimizer, max_norm=clip_norm, clip_value=clip_value) or stepped
         else:
             for optimizer in optimizers:
                 stepped = optimizer.stepped or stepped
@@ -184,10 +196,11 @@ class TrainLoop:
         if not trainer.val_every_steps and trainer.epoch_validates():
             trainer.validate_in_fit()
         trainer.report_epoch(self.metrics)
-        trainer.run_schedulers([c for c in trainer.epoch_schedulers if c.monitor is None], progress.epoch + 1)
+        schedulers = trainer.epoch_schedulers if self.automatic else ()
+        trainer.run_schedulers([c for c in schedulers if c.monitor is None], progress.epoch + 1)
         self.hooks.call("on_train_epoch_end")
         trainer.report_epoch(self.metrics)  # what the hooks above logged
-        trainer.run_schedulers([c for c in trainer.epoch_schedulers if c.monitor is not None], progress.epoch + 1)
+        trainer.run_schedulers([c for c in schedulers if c.monitor is not None], progress.epoch + 1)
         progress.epoch += 1
         progress.batch_in_epoch = 0
         self.loader.set_epoch(progress.epoch)
