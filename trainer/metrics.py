@@ -60,6 +60,8 @@ class Metrics:
     (the default weight), and `window`, any integer that is another one for each optimizer step, such as `global_step`.
     """
 
+    state_is_per_rank = True  # each rank saves its own running sums; `load_states` for another number of ranks
+
     def __init__(self, world: World, *, stage: str) -> None:
         self.world = world
         self.stage = stage
