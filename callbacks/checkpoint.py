@@ -183,6 +183,8 @@ class Checkpoint(Callback):
         self._last = self._last if self._last in there else None
         for step in self._wanted():
             trainer.store.protect(step, by=self.state_key)
+        if trainer.is_resumed:
+            trainer.store.protect(progress.global_step, by="resumed")
 
     def on_sanity_check_start(self, trainer: TrainerView, module: nn.Module) -> None:
         self._sane = False
