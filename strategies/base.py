@@ -171,6 +171,9 @@ class Strategy:
         return self.precision.step(optimizer)
 
     # -- state --------------------------------------------------------------------------------------------------------
+    def sync_buffers(self, models: Iterable[nn.Module]) -> None:
+        """Make the buffers of the prepared `models` the same on all ranks: called before an evaluation. Collective."""
+
     def state_tensors(
         self, models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
     ) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -49,10 +49,7 @@ def writes(trainer: Trainer) -> bool:
 def callbacks(trainer: Trainer, module: TrainingModule) -> list[Callback]:
     """Return the run's callbacks: those given, the module's own, and the default ones that are not there yet."""
     options = trainer.options
-    given = check_callbacks(
-        [*options["callbacks"], *module.configure_callbacks()] if options["callbacks"] else module.configure_callbacks()
-    )
-    found = list(given)
+    found = asked_callbacks(trainer, module)
     if options["enable_model_summary"]:
         from ..callbacks.summary import ModelSummary
 
@@ -66,6 +63,13 @@ def callbacks(trainer: Trainer, module: TrainingModule) -> list[Callback]:
 
         _add(found, Checkpoint)
     return found
+
+
+def asked_callbacks(trainer: Trainer, module: TrainingModule) -> list[Callback]:
+    """Return the callbacks given and the module's own, which take the place of given ones of their class (as in Lightning)."""
+    own = check_callbacks(module.configure_callbacks())
+    given = check_callbacks(trainer.options["callbacks"])
+    return [*(c for c in given if type(c) not in {type(o) for o in own}), *own]
 
 
 def _add(found: list[Callback], kind: type[Callback]) -> None:

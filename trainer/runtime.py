@@ -37,9 +37,17 @@ if TYPE_CHECKING:
     from .run_folder import RunFolder
     from .tracking import Tracking
 
-__all__ = ["Runtime", "Saving"]
+__all__ = ["Leave", "Runtime", "Saving"]
 
 _KEPT_BY_SIGNAL = codes.INTERRUPTED | codes.TERMINATED | codes.REQUEUE
+
+
+class Leave(BaseException):
+    """Breaks off an evaluation, on all ranks at the same batch, because the process is to end. `code` is what was agreed on."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
 
 
 class Saving:
@@ -54,14 +62,38 @@ class Saving:
         """Return the path of the committed checkpoint.
 
         Raises:
-            ConfigError: it was asked for inside a step and is written at the end of that step.
+            ConfigError: it was asked for before all that belongs to the step was done; it is written when it is.
         """
         if self.path is None:
             raise ConfigError(
-                "This checkpoint was asked for in the middle of an optimizer step; it is written when the step is done. "
-                "Ask for it between steps (on_train_batch_end, on_checkpoint_step) to have it at once."
+                "This checkpoint was asked for while a step or an epoch's end was under way; it is written when that is done. "
+                "Ask for it in on_checkpoint_step or on_checkpoint_epoch to have it at once."
             )
         return self.path
+
+
+class _RunningValues:
+    """What was logged in the running epoch so far, as a provider: each rank has its own part."""
+
+    state_is_per_rank = True
+
+    def __init__(self, metrics: Metrics, module: TrainingModule) -> None:
+        self.metrics, self.module = metrics, module
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.metrics.state_dict(), "objects": objects_state(self.module)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.load_states([state])
+
+    def load_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Take this rank's part of the states of all ranks; on another number of ranks, rank 0 takes all of it."""
+        world = self.metrics.world
+        self.metrics.load_states([state["values"] for state in states])
+        if len(states) == world.size:
+            load_objects_state(self.module, states[world.rank]["objects"])
+        elif world.is_main:
+            merge_objects_states(self.module, [state["objects"] for state in states])
 
 
 class Runtime:
@@ -85,7 +117,8 @@ class Runtime:
         self.stop_reason = ""
         self.is_resumed = False
         self.resumed_mid_epoch = False
-        self.in_window = False
+        self.due: tuple[str, ...] = ()  # what a resumed run has to do first (boundary.py)
+        self.in_window = False  # a step, or an epoch's end, is under way: no checkpoint can be taken
         self.pending_saves: list[Saving] = []
         self.scheduler_configs: list[SchedulerConfig] = []
         self.step_schedulers: list[SchedulerConfig] = []
@@ -95,6 +128,7 @@ class Runtime:
         self.module_clips = False
         self.logs_loss = True
         self.num_training_batches: int | None = None
+        self.fitted: TrainingModule | None = None  # the module of the last fit, whose callbacks `callbacks` are
         self._accelerator: Accelerator | None = None
         self._module: TrainingModule | None = None
         self._store: CheckpointStore | None = None
@@ -103,7 +137,9 @@ class Runtime:
         self._train_loader: Loader | None = None
         self._hooks: HookRunner | None = None
         self.run_folder: RunFolder | None = None
-        self._saved_step = -1
+        self._boundary: Boundary | None = None
+        self._broken_off = False  # what is saved is `_boundary`
+        self._asked_meanwhile = 0
 
     # -- what is there ------------------------------------------------------------------------------------------------
     @property
@@ -270,15 +306,28 @@ class Runtime:
     def agree(self) -> None:
         """Take up, on all ranks at once, what any rank asked for. Collective; at epoch ends and after validations."""
         control = self.world.control
-        code = control.agree(control.requested)
+        code = control.agree(control.requested) | self._asked_meanwhile
+        self._asked_meanwhile = 0
         if code:
             self.obey(code)
+
+    def look_up(self, batch_idx: int) -> None:
+        """Between two batches of an evaluation: leave it if any rank was told to end. All ranks have the same number of batches.
+
+        Raises:
+            Leave: on all ranks at the same batch.
+        """
+        control = self.world.control
+        code = control.tick(batch_idx)
+        if code & _KEPT_BY_SIGNAL:
+            raise Leave(code)
+        self._asked_meanwhile |= code
 
     def obey(self, code: int) -> None:
         """Do what all ranks agreed on, at a boundary: save, and stop or leave."""
         reason = self.world.control.reason
-        if code & codes.SAVE and self.options["enable_checkpointing"]:
-            self.save_checkpoint()
+        if code & codes.SAVE and self.options["enable_checkpointing"] and not self.fast_dev_run:
+            self._save_now()
         if code & (codes.STOP | _KEPT_BY_SIGNAL):
             self.should_stop = True
             self.stop_reason = reason
@@ -291,20 +340,26 @@ class Runtime:
         every = self.options["check_val_every_n_epoch"]
         return bool(self.val_loaders) and (every is None or (self.progress.epoch + 1) % every == 0)
 
-    def validate_in_fit(self) -> None:
-        """Validate between two training steps; what was asked for meanwhile is agreed on at its end."""
+    def validate_in_fit(self, due: tuple[str, ...]) -> None:
+        """Validate between two training steps. Told to leave, it is broken off, and the run resumes with it (`due`)."""
         from .loops.evaluate import evaluate
         from .metrics import Metrics
 
+        self.note(due)
         metrics = Metrics(self.world, stage="validate")
-        evaluate(self, "validation", self.val_loaders, metrics, limit=None, inference=False)  # pyright: ignore[reportArgumentType]
-        self.agree()
+        try:
+            evaluate(self, "validation", self.val_loaders, metrics, limit=None, inference=False)  # pyright: ignore[reportArgumentType]
+        except Leave as left:
+            self._broken_off = True
+            self.obey(left.code)
+        else:
+            self.agree()
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
     def save_checkpoint(
         self, path: str | Path | None = None, *, wait: bool = False, meta: Mapping[str, Any] | None = None
     ) -> Saving:
-        """Save the whole run; every rank calls it. Inside a step the checkpoint is written when the step is done.
+        """Save the whole run; every rank calls it. Inside a step the checkpoint is written when all that belongs to it is done.
 
         Args:
             path: a folder that holds checkpoints; by default the run's own.
@@ -326,19 +381,50 @@ class Runtime:
         for saving in pending:
             self._write(saving)
 
+    def note(self, due: Sequence[str] | None = None, *, buffers: bool = False) -> None:
+        """Keep the state as it is now, to be saved if what follows breaks off."""
+        self.clock.note()
+        self._boundary = Boundary.of(self, self.due_now() if due is None else due, buffers=buffers)
+
+    def go_back(self) -> None:
+        """After an exception: what is saved now is the state that was noted, unless the weights have changed since."""
+        self.in_window = False
+        self._broken_off = self._boundary is not None and self._boundary.step == self.progress.global_step
+
+    def due_now(self) -> tuple[str, ...]:
+        """Return what a run has to do first that is resumed from the state between two steps."""
+        return (EPOCH,) if self.progress.batch_in_epoch and self.train_loader.is_last else ()
+
+    def _save_now(self) -> None:
+        """Save because the run ends or was asked to, through the Checkpoint callback, which keeps account of what may go."""
+        from ..callbacks.checkpoint import Checkpoint
+
+        in_window, self.in_window = self.in_window, False
+        keepers = [c for c in self.callbacks if isinstance(c, Checkpoint)]
+        keepers.sort(key=lambda c: not c.save_last)
+        if not (keepers and keepers[0].save(self)):  # pyright: ignore[reportArgumentType]
+            self.save_checkpoint()
+        self.in_window = in_window
+
     def _write(self, saving: Saving) -> None:
+        from ..callbacks.checkpoint import Checkpoint
         from ..strategies.checkpoint.store import CheckpointStore
 
         self.clock.note()
         store = self.store if saving.folder is None else CheckpointStore(saving.folder, self.world)
         extra: dict[str, Any] = {}
         self.hooks.call("on_save_checkpoint", extra)
-        found = run_state.collect(self.accelerator, self.providers())
-        found.values["hooks"] = extra
+        boundary = self._boundary if self._broken_off else None
+        if boundary is None:
+            boundary = Boundary(run_state.collect(self.accelerator, self.providers()), self.due_now(), self.metrics)
+        found = boundary.found
+        # What a Checkpoint knows of its checkpoints is as it will be after this save.
+        found.values |= {f"callback/{c.state_key}": c.state_dict() for c in self.callbacks if isinstance(c, Checkpoint)}
+        found.values |= {"hooks": extra, "due": list(boundary.due), "metrics/last": dict(boundary.metrics)}
         meta = {
             "kind": "run",
-            "progress": self.progress.state_dict(),
-            "metrics": dict(self.metrics),
+            "progress": dict(boundary.progress),
+            "metrics": dict(boundary.metrics),
             "plan": {
                 "strategy": self.strategy.name,
                 "precision": self.precision.name,
@@ -348,14 +434,13 @@ class Runtime:
             **saving.meta,
         }
         info = store.save(
-            self.progress.global_step,
+            boundary.step,
             found.tensors,
             found.values,
             rank_values=found.rank_values,
             rank_tensors=found.rank_tensors,
             meta=meta,
         )
-        self._saved_step = self.progress.global_step
         saving.path = info.path
 
     def providers(self) -> dict[str, Any]:
@@ -363,7 +448,7 @@ class Runtime:
         found: dict[str, Any] = {
             "progress": self.progress,
             "loader/train": self.train_loader,
-            "metrics/train": self.train_metrics,
+            "metrics/train": _RunningValues(self.train_metrics, self.module),
         }
         found |= {f"registered/{i}": o for i, o in enumerate(self.accelerator.registered)}
         found |= {f"callback/{c.state_key}": c for c in self.stateful_callbacks()}

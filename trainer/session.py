@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..callbacks.base import Callback
 from ..callbacks.loggers.base import RunInfo
-from ..callbacks.runner import HookRunner, check_callbacks, check_state_keys, find_misspelt, is_overridden
+from ..callbacks.runner import HookRunner, check_state_keys, find_misspelt, is_overridden
+from ..strategies.checkpoint import rng
 from ..strategies.errors import CheckpointError, ConfigError
 from . import defaults, run_data
 from . import state as run_state
@@ -26,6 +25,7 @@ from .module import TrainingModule
 from .optimizers import SchedulerConfig, read_optimizers
 from .process import SignalHandlers, exit_code_of
 from .run_folder import open_run, write_config
+from .runtime import Leave
 from .seed import vary_by_rank
 from .tracking import Tracking
 
@@ -42,7 +42,7 @@ class Session:
 
     def __init__(self, trainer: Trainer, stage: str, module: TrainingModule, datamodule: Any) -> None:
         self.trainer, self.stage, self.given, self.datamodule = trainer, stage, module, datamodule
-        self._setup_done = False
+        self._setup_done = self._looping = False
 
     # -- frame --------------------------------------------------------------------------------------------------------
     def __enter__(self) -> Session:
@@ -50,7 +50,8 @@ class Session:
         module = _checked_module(self.given)
         find_misspelt(module, TrainingModule, _MODULE_HOOKS)
         control = trainer.accelerator.world.control  # starts ranks, world and accelerator, where they are not there yet
-        trainer._module, trainer.stage = module, self.stage
+        trainer._module, trainer.stage, trainer.leaving = module, self.stage, 0
+        trainer._boundary, trainer._broken_off, trainer.in_window = None, False, False
         module._trainer = trainer
         self._signals = SignalHandlers(control)
         self._signals.__enter__()
@@ -59,22 +60,28 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         trainer = self.trainer
         try:
-            if error is not None and trainer._hooks is not None:
-                trainer.in_window = False
+            if self._looping and isinstance(error, Exception):
+                p, world = trainer.progress, trainer.world
+                rank = f", rank {world.rank} of {world.size}" if world.size > 1 else ""
+                error.add_note(f"While training: epoch {p.epoch}, batch {p.batch_in_epoch}, after {p.global_step} steps{rank}.")
+            if isinstance(error, Leave):  # an evaluation of its own was told to end: there is nothing to save
+                trainer.leaving = error.code
+            elif error is not None and trainer._hooks is not None:
+                trainer.go_back()
                 trainer.hooks.call("on_exception", error)
             if self._setup_done:
                 self._call_setup_hooks("teardown")
         finally:
             if trainer._tracking is not None:
-                status = "failed" if error is not None else "stopped" if trainer.leaving else "finished"
+                status = "stopped" if trainer.leaving else "failed" if error is not None else "finished"
                 trainer._tracking.close(status)
                 trainer._tracking = None
             module = trainer.module
             for name in ("_trainer", "_metrics", "_defaults", "_log_suffix"):
                 module.__dict__.pop(name, None)
             self._signals.__exit__(kind, error, trace)
-        if error is None and trainer.leaving:
-            raise SystemExit(exit_code_of(trainer.leaving))
+        if trainer.leaving and (error is None or isinstance(error, Leave)):
+            raise SystemExit(exit_code_of(trainer.leaving)) from None
 
     def _call_setup_hooks(self, name: str) -> None:
         self.trainer.hooks.call(name, self.stage)
@@ -98,11 +105,12 @@ class Session:
         """Build everything that the loop needs; None when there is nothing to do."""
         trainer, module = self.trainer, self.trainer.module
         self._check_fit(module)
-        trainer.should_stop, trainer.leaving = False, 0
+        trainer.should_stop = False
+        trainer.pending_saves.clear()
         trainer.run_folder = open_run(
             trainer.options["root"], trainer.options["name"], resume, trainer.world, create=defaults.writes(trainer)
         )
-        trainer.callbacks = defaults.callbacks(trainer, module)
+        trainer.callbacks, trainer.fitted = defaults.callbacks(trainer, module), module
         trainer._tracking = Tracking(defaults.loggers(trainer), jsonl=defaults.writes(trainer), enabled=trainer.world.is_main)
         trainer._store = defaults.store(trainer)
         self._attach(trainer.callbacks)
@@ -122,12 +130,14 @@ class Session:
         if checkpoint is not None:
             with checkpoint:
                 trainer.run_folder.notes += run_state.restore_random(checkpoint, trainer.world.rank)
+        self._looping = True
         return TrainLoop(trainer)
 
     def finish_fit(self) -> None:
         """Call the last hooks of a training that came to its end."""
-        trainer = self.trainer
+        trainer, self._looping = self.trainer, False
         trainer.clock.note()
+        trainer.in_window = False
         trainer.hooks.call("on_train_end")
         if trainer.pending_saves:
             trainer.write_pending_saves()
@@ -159,7 +169,6 @@ class Session:
 
     def _prepare_models(self) -> None:
         trainer, module, accelerator = self.trainer, self.trainer.module, self.trainer.accelerator
-        accelerator.free_memory()  # what an earlier fit of this trainer prepared
 
         def build() -> dict[str, Any]:
             optimizers, configs = read_optimizers(module.configure_optimizers(), type(module).__name__)
@@ -201,6 +210,8 @@ class Session:
         trainer.val_loaders = (
             run_data.evaluation_loaders(accelerator, val_source, "limit_val_batches", limit_val) if limit_val != 0 else {}
         )
+        if all(run_data.length_of(loader) == 0 for loader in trainer.val_loaders.values()):  # preparing them has warned
+            trainer.val_loaders = {}
         accelerator.window.resize(run_data.accumulation(options, loader))
         trainer.num_training_batches = run_data.length_of(loader)
         trainer.val_every_steps = run_data.steps_between_validations(
@@ -209,14 +220,13 @@ class Session:
 
     def _resume(self) -> Any:
         """Load the checkpoint that the run goes on from, all but the random states; return it, open."""
-        from ..strategies.checkpoint.reader import Checkpoint
-
         trainer = self.trainer
         folder = trainer.run_folder
         trainer.is_resumed = folder is not None and folder.resume_from is not None
+        trainer.resumed_mid_epoch, trainer.due = False, ()
         if folder is None or folder.resume_from is None:
             return None
-        checkpoint = Checkpoint(folder.resume_from)
+        checkpoint = trainer.store.open(folder.resume_from)
         if checkpoint.meta.get("kind") != "run":
             raise CheckpointError(
                 f"{folder.resume_from} was saved by Accelerator.save_state, not by a Trainer: it has no counters of a run. "
@@ -227,8 +237,9 @@ class Session:
             providers.pop("tracking")
         run_state.restore(trainer.accelerator, checkpoint, providers)
         trainer.hooks.call("on_load_checkpoint", checkpoint.value("hooks"))
+        trainer.due = tuple(checkpoint.value("due"))
+        trainer.metrics = dict(checkpoint.value("metrics/last"))
         trainer.resumed_mid_epoch = trainer.progress.batch_in_epoch > 0
-        trainer._saved_step = trainer.progress.global_step
         return checkpoint
 
     def _start_tracking(self) -> None:
@@ -250,15 +261,16 @@ class Session:
         trainer.hooks.call("on_sanity_check_start")
         stage, trainer.stage = trainer.stage, "sanity_check"
         tracking, trainer._tracking = trainer._tracking, None
-        with torch.random.fork_rng(devices=[]):
-            evaluate(
-                trainer,
-                "validation",
-                trainer.val_loaders,
-                Metrics(trainer.world, stage="sanity_check"),
-                limit=None if count == -1 else count,
-                inference=False,
-            )
+        tensors, values = rng.capture()
+        evaluate(
+            trainer,
+            "validation",
+            trainer.val_loaders,
+            Metrics(trainer.world, stage="sanity_check"),
+            limit=None if count == -1 else count,
+            inference=False,
+        )
+        rng.restore(tensors, values)
         trainer.stage, trainer._tracking = stage, tracking
         trainer.metrics = {}
         trainer.hooks.call("on_sanity_check_end")
@@ -268,12 +280,14 @@ class Session:
         from ..strategies.checkpoint.reader import Checkpoint
 
         trainer, module, accelerator = self.trainer, self.trainer.module, self.trainer.accelerator
-        self._attach(
-            check_callbacks([*trainer.callbacks, *module.configure_callbacks()]) if not trainer.callbacks else trainer.callbacks
-        )
+        if trainer.fitted is not module:  # otherwise they are those of the training
+            trainer.callbacks = defaults.asked_callbacks(trainer, module)
+        self._attach(trainer.callbacks)
         module.configure_model()
-        if not any(m is module for m in accelerator.models.values()) and not accelerator.models:
-            accelerator.prepare_models(module.models())
+        models = module.models()
+        if any(all(model is not known for known in accelerator.models.values()) for model in models.values()):
+            accelerator.free_memory()  # another module's
+            accelerator.prepare_models(models)
         if ckpt_path is not None:
             folder = open_run(trainer.options["root"], trainer.options["name"], ckpt_path, trainer.world, create=False)
             assert folder.resume_from is not None

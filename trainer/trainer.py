@@ -106,6 +106,9 @@ class Trainer(Runtime):
         self.max_epochs: int | None = options["max_epochs"]
         self.max_steps: int | None = options["max_steps"]
         self.fast_dev_run: int = int(options["fast_dev_run"])
+        if self.fast_dev_run:  # one short epoch, with its validation
+            self.max_epochs, self.max_steps, options["max_time"] = 1, None, None
+            options["check_val_every_n_epoch"], options["val_check_interval"] = 1, None
         self.log_every_n_steps: int = options["log_every_n_steps"]
         self.gradient_clip_val: float | None = options["gradient_clip_val"]
         self.gradient_clip_algorithm: str = options["gradient_clip_algorithm"]

@@ -5,6 +5,7 @@ The module's own step runs, not a wrapper of it: no buffer is broadcast, so rank
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Run the `stage` ("validation" or "test") steps over all loaders; return the reduced values of what was logged.
 
+    Told by a signal to end, it is broken off after the batch, on all ranks at the same one (`Leave`).
+
     Args:
         limit: at most so many batches of each loader, for the sanity check.
         inference: under inference_mode, faster; otherwise under no_grad, whose tensors may be trained on afterwards.
@@ -33,18 +36,19 @@ def evaluate(
     module, hooks, accelerator = trainer.module, trainer.hooks, trainer.accelerator
     step: Callable[..., Any] = getattr(module, f"{stage}_step")
     batch_start, batch_end = getattr(hooks, f"on_{stage}_batch_start"), getattr(hooks, f"on_{stage}_batch_end")
+    for strategy in (accelerator.strategy, *accelerator.strategies.values()):
+        strategy.sync_buffers(accelerator.prepared_models.values())
     with _Evaluating(trainer, metrics, inference):
         hooks.call(f"on_{stage}_start")
         hooks.call(f"on_{stage}_epoch_start")
         several = len(loaders) > 1
+        control, several_ranks = accelerator.world.control, accelerator.world.size > 1
         seen = 0
         for index, (name, loader) in enumerate(loaders.items()):
             trainer.log_suffix = f"/{name}" if several else ""
             extra = (index,) if several else ()
             loader.set_epoch(0)
             for batch_idx, batch in enumerate(loader):
-                if limit is not None and batch_idx >= limit:
-                    break
                 seen += 1
                 for hook in batch_start:
                     hook(batch, batch_idx, *extra)
@@ -54,16 +58,27 @@ def evaluate(
                     output = step(batch, batch_idx, *extra)
                 for hook in batch_end:
                     hook(output, batch, batch_idx, *extra)
+                if limit is not None and batch_idx + 1 >= limit:
+                    break
         trainer.log_suffix = ""
         if not seen:
-            raise DataError(
-                f"The {stage} loader gave no batch. Expected at least one. Is the data set empty, or smaller than one batch with drop_last=True?"
+            text = (
+                f"The {stage} loader gave no batch. Expected at least one. "
+                "Is the data set empty, or smaller than one batch with drop_last=True?"
             )
+            if trainer.stage == stage_of(stage):
+                raise DataError(text)
+            warnings.warn(text, stacklevel=2)  # within fit: the training goes on
         hooks.call(f"on_{stage}_epoch_end")
         values = metrics.flush_step() | metrics.flush_epoch()
         trainer.publish(values)
         hooks.call(f"on_{stage}_end")
     return values
+
+
+def stage_of(step: str) -> str:
+    """Return the Trainer method whose own stage it is to run `step`: "validate" for "validation"."""
+    return "validate" if step == "validation" else step
 
 
 def predict(trainer: Trainer, loaders: Mapping[str, Loader]) -> list[Any]:
@@ -73,6 +88,7 @@ def predict(trainer: Trainer, loaders: Mapping[str, Loader]) -> list[Any]:
     """
     module, hooks, accelerator = trainer.module, trainer.hooks, trainer.accelerator
     results: list[list[Any]] = []
+    seen = 0
     with _Evaluating(trainer, None, True):
         hooks.call("on_predict_start")
         hooks.call("on_predict_epoch_start")
@@ -89,6 +105,9 @@ def predict(trainer: Trainer, loaders: Mapping[str, Loader]) -> list[Any]:
                     hook(output, batch, batch_idx, *extra)
                 if loader.num_samples:
                     results[-1].append(output)
+                seen += 1
+                if accelerator.world.size > 1 or accelerator.world.control.requested:
+                    trainer.look_up(seen)
         hooks.call("on_predict_epoch_end")
         hooks.call("on_predict_end")
     return results[0] if len(results) == 1 else list(results)
