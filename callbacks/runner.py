@@ -11,7 +11,7 @@ that looks like a hook and is none.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -70,10 +70,13 @@ def is_overridden(instance: Any, name: str, base: type) -> bool:
     return own is not None and own is not getattr(base, name, None)
 
 
-def find_misspelt(instance: Any, base: type, known: Iterable[str]) -> None:
+def find_misspelt(instance: Any, base: type, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> None:
     """Refuse a method of `instance`'s own class that is one slip away from a hook's name, such as `validaton_step`.
 
     Only methods that the user defined are looked at, and only those whose name is very close to a hook that they did not define.
+
+    Args:
+        elsewhere: hooks of the peers that are not called here, and what to use instead.
     Raises:
         UnknownName: naming the method and the hook that was probably meant.
     """
@@ -88,6 +91,10 @@ def find_misspelt(instance: Any, base: type, known: Iterable[str]) -> None:
     for name, owner in own.items():
         if name in known or hasattr(base, name):
             continue
+        if elsewhere is not None and name in elsewhere:
+            raise UnknownName(
+                f"{owner}.{name} is a hook of Lightning that is not called here, and would be ignored. {elsewhere[name]}"
+            )
         near = difflib.get_close_matches(name, [k for k in known if k not in own], n=1, cutoff=0.9)
         prefixed = name.startswith("on_") and difflib.get_close_matches(name, known, n=1, cutoff=0.8)
         if near or prefixed:

@@ -37,7 +37,7 @@ from . import config as configuration
 from .accumulation import Window
 from .data.config import DataLoaderConfiguration
 from .gathering import Gathering
-from .optimizers import PreparedOptimizer, PreparedScheduler, owners
+from .optimizers import PreparedOptimizer, PreparedScheduler, check_strays, owners
 from .process_control import ProcessControl
 from .saving import Saving
 from .stepping import Accumulating, Stepping
@@ -140,7 +140,7 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
                 results.append(done[id(o)])
             elif isinstance(o, LRScheduler | ReduceLROnPlateau):
                 results.append(self.prepare_scheduler(o))
-            elif hasattr(o, "__iter__"):
+            elif hasattr(o, "__iter__") and not isinstance(o, str | bytes | Tensor):
                 results.append(self.prepare_data_loader(o))
             else:
                 raise ConfigError(
@@ -188,6 +188,7 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
             raise ConfigError("This optimizer is prepared already. Prepare each optimizer once.")
         name = name or ("optimizer" if not self.optimizers else f"optimizer_{len(self.optimizers)}")
         owning = owners(optimizer, self.models)
+        check_strays(optimizer, self.models, name, self.world.size)
         strategies = {self.strategies.get(n, self.strategy) for n in owning} or {self.strategy}
         if len(strategies) > 1:
             raise ConfigError(
@@ -204,6 +205,13 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         """Prepare one scheduler; it steps when its optimizer did, whatever the number of processes."""
         inner = getattr(scheduler, "optimizer", None)
         owner = next((p for p in self.optimizers.values() if inner is p or inner is p.optimizer), None)
+        if owner is None and inner is None and len(self.optimizers) == 1:  # a scheduler that keeps its optimizer elsewhere
+            owner = next(iter(self.optimizers.values()))
+        if owner is None and inner is not None and self.step_scheduler_with_optimizer:
+            raise ConfigError(
+                f"{type(scheduler).__name__} schedules an optimizer that was not prepared, so nobody could say when it stepped. "
+                "Prepare the optimizer before it, or in the same call."
+            )
         prepared = PreparedScheduler(scheduler, owner if self.step_scheduler_with_optimizer else None)
         self.schedulers.append(prepared)
         return prepared

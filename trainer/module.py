@@ -31,7 +31,25 @@ if TYPE_CHECKING:
     from .metrics import Metrics, Reduction
     from .trainer import Trainer
 
-__all__ = ["TrainingModule"]
+__all__ = ["LIGHTNING_ONLY", "TrainingModule"]
+
+_STEP = "Set automatic_optimization = False and write the step in training_step, or use a callback's hook of that moment."
+_TRANSFER = "Do it at the top of the step, or in the data set's collate_fn; batches come on the device."
+_MODES = "Use on_{0}_start and on_{0}_end; the mode of every sub-module is put back after an evaluation."
+LIGHTNING_ONLY: Mapping[str, str] = {
+    "optimizer_step": _STEP,
+    "optimizer_zero_grad": _STEP,
+    "backward": _STEP,
+    "transfer_batch_to_device": _TRANSFER,
+    "on_before_batch_transfer": _TRANSFER,
+    "on_after_batch_transfer": _TRANSFER,
+    "configure_sharded_model": "Name it configure_model.",
+    "on_validation_model_zero_grad": "Use on_validation_start.",
+    **{f"on_{s}_model_{m}": _MODES.format(s) for s in ("validation", "test", "predict") for m in ("eval", "train")},
+    **{f"{s}_epoch_end": f"Name it on_{s}_epoch_end, and keep what the steps returned yourself." for s in ("validation", "test")},
+    "training_epoch_end": "Name it on_train_epoch_end, and keep what the steps returned yourself.",
+}
+"""Hooks that a LightningModule may define and that are not called here: refused by name, with what to use instead."""
 
 
 class TrainingModule(nn.Module):

@@ -253,3 +253,21 @@ def owners(optimizer: Optimizer, models: Mapping[str, nn.Module]) -> Sequence[st
     """Return the names of the models whose parameters `optimizer` holds, in the order of `models`."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return [name for name, model in models.items() if any(id(p) in held for p in model.parameters())]
+
+
+def check_strays(optimizer: Optimizer, models: Mapping[str, nn.Module], name: str, ranks: int) -> None:
+    """Refuse an optimizer of nothing that was prepared; on several ranks also one with some such parameters.
+
+    Nobody would average their gradients, and the ranks would part.
+    Raises:
+        ConfigError: naming how many, and the shape of the first.
+    """
+    known = {id(p) for model in models.values() for p in model.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    strays = [p for p in held if id(p) not in known]
+    if strays and (ranks > 1 or len(strays) == len(held)):
+        raise ConfigError(
+            f"{len(strays)} of the {len(held)} parameters of optimizer {name!r} belong to no prepared model (the first has shape "
+            f"{tuple(strays[0].shape)}), so their gradients would be each rank's own. Prepare the model before its optimizer, "
+            "or in the same call, and keep what prepare returned."
+        )

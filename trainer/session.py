@@ -21,9 +21,9 @@ from . import state as run_state
 from .loops.evaluate import evaluate, predict
 from .loops.train import TrainLoop
 from .metrics import Metrics
-from .module import TrainingModule
+from .module import LIGHTNING_ONLY, TrainingModule
 from .optimizers import SchedulerConfig, read_optimizers
-from .process import SignalHandlers, exit_code_of
+from .process import SignalHandlers, exit_code_of, move_output
 from .run_folder import open_run, write_config
 from .runtime import Leave
 from .seed import vary_by_rank
@@ -48,7 +48,7 @@ class Session:
     def __enter__(self) -> Session:
         trainer = self.trainer
         module = _checked_module(self.given)
-        find_misspelt(module, TrainingModule, _MODULE_HOOKS)
+        find_misspelt(module, TrainingModule, _MODULE_HOOKS, LIGHTNING_ONLY)
         control = trainer.accelerator.world.control  # starts ranks, world and accelerator, where they are not there yet
         trainer._module, trainer.stage, trainer.leaving = module, self.stage, 0
         trainer._boundary, trainer._broken_off, trainer.in_window = None, False, False
@@ -110,6 +110,9 @@ class Session:
         trainer.run_folder = open_run(
             trainer.options["root"], trainer.options["name"], resume, trainer.world, create=defaults.writes(trainer)
         )
+        if defaults.writes(trainer):
+            move_output(trainer.root / "logs", trainer.world.rank)
+        trainer.accelerator.free_memory()  # what an earlier fit of this trainer prepared; `setup` may already register objects
         trainer.callbacks, trainer.fitted = defaults.callbacks(trainer, module), module
         trainer._tracking = Tracking(defaults.loggers(trainer), jsonl=defaults.writes(trainer), enabled=trainer.world.is_main)
         trainer._store = defaults.store(trainer)
