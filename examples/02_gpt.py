@@ -1,7 +1,7 @@
 """A byte-level GPT on real text, on any number of processes: python examples/02_gpt.py --devices 2 --precision bf16-mixed
 
-The model is plain PyTorch; `training_step` returns the sum over tokens with their count, so the mean is exact however the batch is
-cut. The same file runs on one process, on two, and under torchrun, and gives the same losses for the same global batch.
+The model is plain PyTorch; `training_step` returns the sum over tokens with their count, so the mean is exact however the batch
+is cut. The same file runs on one process, on two, and under torchrun, and gives the same losses for the same global batch.
 """
 
 from __future__ import annotations

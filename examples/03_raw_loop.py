@@ -1,7 +1,7 @@
 """The raw API: your own loop, with `Accelerator`; the same numbers as the Trainer's. python examples/03_raw_loop.py
 
-Everything is in sight: what `prepare` returned, the window of micro-batches, backward, clipping and the step. The last lines train
-the same model with the Trainer and compare every loss, bit for bit.
+Everything is in sight: what `prepare` returned, the window of micro-batches, backward, clipping and the step. The last lines
+train the same model with the Trainer and compare every loss, bit for bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The main job, `make demo`: a small GPT on real text, on two processes with bf16, validated, checkpointed, resumed, drawn, sampled.
+"""The main job, `make demo`: a small GPT on real text, on two processes in bf16: validated, checkpointed, resumed.
 
     phase 1   trains to step 450, validating every 150 steps; its checkpoint is committed
     phase 2   a new model and a new trainer go on from that checkpoint to step 500: the loss goes on where it stood
@@ -13,13 +13,13 @@ import argparse
 import time
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from drivetrain import Trainer
 from drivetrain.callbacks.loggers.jsonl import read_metrics
 
 gpt = import_module("02_gpt")  # the example beside this file; its name starts with its number
-OUT = Path("runs/demo")
 
 
 def train(steps: int, total: int, devices: int, resume: str | None) -> tuple[Trainer, torch.nn.Module]:
@@ -44,7 +44,7 @@ def train(steps: int, total: int, devices: int, resume: str | None) -> tuple[Tra
     return trainer, model
 
 
-def draw(rows: list[dict[str, float]], resumed_at: int, path: Path) -> None:
+def draw(rows: list[dict[str, Any]], resumed_at: int, path: Path) -> None:
     """Draw training and validation loss over steps."""
     import matplotlib
 
@@ -53,7 +53,7 @@ def draw(rows: list[dict[str, float]], resumed_at: int, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for name, style in (("loss", "-"), ("val_loss", "o")):
-        found = [(r["step"], r[name]) for r in rows if name in r]
+        found = [(r["step"], r["metrics"][name]) for r in rows if name in r["metrics"]]
         axes.plot([s for s, _ in found], [v for _, v in found], style, label=name)
     axes.axvline(resumed_at, linestyle=":", color="grey", label="resumed here")
     axes.set_xlabel("optimizer steps")
@@ -78,7 +78,7 @@ def main() -> None:
 
     if trainer.accelerator.is_main_process:
         rows = read_metrics(trainer.root / "metrics.jsonl")
-        losses = {int(r["step"]): r["loss"] for r in rows if "loss" in r}
+        losses = {int(r["step"]): r["metrics"]["loss"] for r in rows if "loss" in r["metrics"]}
         before = [s for s in losses if s <= first][-3:]
         after = [s for s in losses if s > first][:3]
         print(f"resumed at step {first}; the losses around it:")

@@ -1,4 +1,4 @@
-"""Real text that is on every machine: the sources of Python's standard library, as bytes. Shared by the examples; trains nothing."""
+"""Real text that is on every machine: the sources of Python's standard library, as bytes. Shared by the examples."""
 
 from __future__ import annotations
 
