@@ -105,7 +105,7 @@ class Loader:
         if start == 0 and stop == 0 and self.training:
             raise self._no_batches()
         self.position = at
-        regular, transfer = source.regular, self.transfer
+        regular, transfer, failed = source.regular, self.transfer, False
         try:
             if self.on_iter is not None:
                 self.on_iter(self)
@@ -119,7 +119,11 @@ class Loader:
                 self.is_last = at >= stop
                 yield batch if transfer is None else transfer(batch)
             self._leave(turn, finished=True)
+        except Exception:
+            failed = True
+            raise
         finally:
+            source.end(batches, failed=failed)
             self._leave(turn)
 
     def _streamed(self, source: Streamed) -> Iterator[Any]:

@@ -23,7 +23,7 @@ from ...strategies.errors import DataError
 from .randomness import Generator, generators, restore, seed_of
 from .sharding import Request
 
-__all__ = ["Failure", "Reading", "TensorReading", "WorkerLoader"]
+__all__ = ["Failure", "Reading", "TensorReading", "WorkerLoader", "stop_workers"]
 
 _PROBES = 4  # batches that are read with every generator seeded, to learn which the data set uses
 _SHOWN = 8  # indices in an error
@@ -50,13 +50,13 @@ class Reading:
         # Where __getitems__ would only loop as we do, a loop of ours can seed each sample.
         many = None if _loops(dataset) else getattr(dataset, "__getitems__", None)
         self.many = many if callable(many) and self.batched else None
-        self._every: list[Generator] = []
+        self._watched: list[Generator] = []  # all of them in a worker and while probing
         self._used: list[Generator] = []
         self._probes = _PROBES
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers that are spawned: generators belong to a process."""
-        return {**self.__dict__, "_every": [], "_used": []}
+        return {**self.__dict__, "_watched": [], "_used": [], "_probes": _PROBES}
 
     # -- reading ------------------------------------------------------------------------------------------------------
     def plain(self, request: Request) -> Any:
@@ -96,46 +96,62 @@ class Reading:
 
     def __call__(self, request: Request) -> Any:
         """Read a batch in the process that trains, whose random numbers must not notice."""
-        every = self._every = self._every or generators()
-        probing = self._probes > 0
-        used = every if probing else self._used
-        watched = [generator for generator in every if generator not in used]
-        saved = [generator.save() for generator in used]
+        if self._probes > 0:
+            every = self._watched = self._watched or generators()
+            saved = [generator.save() for generator in every]
+            try:
+                return self._probe(request, every)
+            finally:
+                restore(every, saved)
+        watched, used = self._watched, self._used
         marks = [generator.mark() for generator in watched]
-        try:
-            read = self._probe if probing else self.with_seeds if used else self._unseeded
-            batch = read(request, used)
-        finally:
-            restore(used, saved)
-        moved = [pair for pair in zip(watched, marks, strict=True) if pair[0].moved(pair[1])]
-        if not moved:
-            return batch
-        for generator, mark in moved:
-            generator.put_back(mark)
-            self._used.append(generator)
+        if used:
+            saved = [generator.save() for generator in used]
+            try:
+                batch = self.with_seeds(request, used)
+            finally:
+                restore(used, saved)
+        else:
+            batch = self.plain(request)
+        for generator, mark in zip(watched, marks, strict=True):
+            if generator.moved(mark):
+                return self._again(request, marks)
+        return batch
+
+    def _again(self, request: Request, marks: list[Any]) -> Any:
+        """The data set draws after all: undo, and read with the generators that it moved seeded as well."""
+        pairs = list(zip(self._watched, marks, strict=True))
+        for generator, mark in pairs:
+            if generator.moved(mark):
+                generator.put_back(mark)
+                self._uses(generator)
         return self(request)
 
-    def _unseeded(self, request: Request, _: Sequence[Seeded]) -> Any:
-        return self.plain(request)
+    def _uses(self, generator: Generator) -> None:
+        self._used.append(generator)
+        self._watched = [other for other in self._watched if other is not generator]
 
     def _probe(self, request: Request, every: Sequence[Generator]) -> Any:
-        """Read a batch as `with_seeds`, and note which generators it moved."""
+        """Read a batch with all generators seeded, and note which ones it moves."""
         self._probes -= 1
         marks: list[Any] = []
+        moved: list[Generator] = []
+
+        def note() -> None:
+            moved.extend(generator for generator, mark in zip(every, marks, strict=False) if generator.moved(mark))
 
         def seed(value: int) -> None:
             note()
-            for generator in every:
-                generator.seed(value)
+            _seed(every, value)
             marks[:] = [generator.mark() for generator in every]
-
-        def note() -> None:
-            for generator, mark in zip(every, marks, strict=bool(marks)):
-                if generator not in self._used and generator.moved(mark):
-                    self._used.append(generator)
 
         batch = self.with_seeds(request, [_Seeder(seed)])
         note()
+        for generator in every:
+            if generator in moved and generator not in self._used:
+                self._used.append(generator)
+        if self._probes == 0:
+            self._watched = [generator for generator in every if generator not in self._used]
         return batch
 
     def __getitem__(self, request: Request) -> Any:
@@ -143,8 +159,8 @@ class Reading:
         try:
             if not self.seeded:
                 return self.plain(request)
-            self._every = self._every or generators()
-            return self.with_seeds(request, self._every)
+            self._watched = self._watched or generators()
+            return self.with_seeds(request, self._watched)
         except DataError as error:
             return Failure(str(error), traceback.format_exc())
 
@@ -327,6 +343,13 @@ class _Here:
 
     def __getitem__(self, request: Request) -> Any:
         return self.read(request)
+
+
+def stop_workers(batches: Any) -> None:
+    """Let the workers of a DataLoader's iterator end now. Left to the garbage collector after an error they take 5 s."""
+    shutdown = getattr(batches, "_shutdown_workers", None)  # torch's own, of 2.x: without it only the 5 s are lost
+    if shutdown is not None:
+        shutdown()
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -19,7 +19,7 @@ from ...strategies.errors import CheckpointError, ConfigError, DataError
 from .config import DataLoaderConfiguration
 from .dispatch import Dispatch
 from .randomness import mix
-from .reading import Reading, TensorReading, WorkerLoader
+from .reading import Reading, TensorReading, WorkerLoader, stop_workers
 from .sharding import Batches, Order, Replayed, Request, Sequential, Shuffled, Uniform
 from .stream import Group, Micro, Stream, alone, beside, groups
 
@@ -114,6 +114,12 @@ class Indexed:
         assert self._workers.generator is not None
         self._workers.generator.manual_seed(mix(mix(key, start), self.sharding.index))
         return iter(self._workers)
+
+    def end(self, batches: Iterator[Any], *, failed: bool) -> None:
+        """End a pass: workers that need not persist stop, after an error those that would persist as well."""
+        if self._workers is not None and (failed or not self._workers.persistent_workers):
+            stop_workers(batches)
+            self._workers._iterator = None
 
 
 class _Requests:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...strategies.errors import CheckpointError, DataError
 from .randomness import isolated, mix, seeded
+from .reading import stop_workers
 from .sharding import parts
 from .state import from_json, to_json
 
@@ -123,9 +124,7 @@ class Stream:
 
     def _new_iterator(self) -> Iterator[Any]:
         source: Any = self.source
-        if not hasattr(source, "__iter__") and callable(source):
-            return iter(source())
-        iterator = iter(source)
+        iterator: Iterator[Any] = iter(source if hasattr(source, "__iter__") else source())
         if iterator is source and self.stateful is None:
             if self._spent is source:
                 raise DataError(
@@ -157,7 +156,9 @@ class Stream:
         return count
 
     def close(self) -> None:
-        """Let go of the iterator, and so of its workers."""
+        """Let go of the iterator, and of its workers unless they persist."""
+        if self._iterator is not None and not getattr(self.source, "persistent_workers", False):
+            stop_workers(self._iterator)
         self._iterator = None
 
     def state(self) -> Any:

@@ -1,0 +1,273 @@
+"""Samples to batches: equal to a plain DataLoader; random numbers that depend on the sample alone."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from drivetrain.strategies.errors import DataError
+from drivetrain.trainer.data.config import DataLoaderConfiguration
+from drivetrain.trainer.data.loader import Loader, prepare_loader
+from drivetrain.trainer.data.randomness import Numpy, Python, Torch, mix
+from drivetrain.trainer.data.reading import TensorReading
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    StackDataset,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
+
+N = 13
+
+
+class Augmented(Dataset[Any]):
+    """What sample i is depends on the generators named in `draws`; from sample `first` on only."""
+
+    def __init__(self, draws: str, first: int = 0) -> None:
+        self.draws = draws
+        self.first = first
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> Any:
+        self.read.append(index)
+        drawn = [0.0, 0.0, 0.0]
+        if index >= self.first:
+            drawn = [
+                random.random() if "python" in self.draws else 0.0,
+                float(np.random.randn()) if "numpy" in self.draws else 0.0,
+                torch.rand(()).item() if "torch" in self.draws else 0.0,
+            ]
+        return index, torch.tensor(drawn, dtype=torch.float64)
+
+
+class Many(Augmented):
+    """With __getitems__, the torch way."""
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[index] for index in indices]
+
+
+def make(dataset: Any, rank: int = 0, ranks: int = 1, batch: int = 4, **arguments: Any) -> Loader:
+    if arguments.get("num_workers"):
+        arguments["multiprocessing_context"] = "fork"
+    if "sampler" not in arguments:
+        arguments.setdefault("shuffle", True)
+    return prepare_loader(DataLoader(dataset, batch_size=batch, **arguments), shard=(rank, ranks), seed=3)
+
+
+def by_index(*loaders: Loader) -> dict[int, list[float]]:
+    return {
+        int(index): numbers.tolist()
+        for loader in loaders
+        for indices, drawn in loader
+        for index, numbers in list(zip(indices, drawn, strict=True))[: loader.num_samples]
+    }
+
+
+def states() -> tuple[Any, ...]:
+    name, words, *rest = np.random.get_state()
+    return random.getstate(), name, words.tolist(), *rest, torch.get_rng_state().tolist()
+
+
+ALL = "python numpy torch"
+
+
+# -- random numbers ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("draws", [ALL, "python", "numpy", "torch"])
+def test_a_samples_random_numbers_do_not_depend_on_workers_ranks_or_batches(draws: str) -> None:
+    expected = by_index(make(Augmented(draws)))
+    assert len({tuple(numbers) for numbers in expected.values()}) == N
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # what the training draws meanwhile
+    assert by_index(make(Augmented(draws), num_workers=2)) == expected
+    assert by_index(make(Augmented(draws), batch=1), make(Augmented(draws), batch=5)) == expected
+    assert by_index(*(make(Augmented(draws), rank, 3, batch=2) for rank in range(3))) == expected
+    loader = make(Augmented(draws))
+    loader.set_epoch(1)
+    assert all(numbers != expected[index] for index, numbers in by_index(loader).items())
+
+
+def test_the_seed_is_a_function_of_run_epoch_and_index() -> None:
+    drawn = by_index(make(Augmented("python")))
+    assert all(numbers[0] == random.Random(mix(mix(3, 0), index)).random() for index, numbers in drawn.items())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("first", [0, 9, N])
+def test_the_training_processes_own_random_numbers_are_not_touched(workers: int, first: int) -> None:
+    """Dropout draws from the same generators: its masks must not depend on how the data are read."""
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    np.random.randn()  # leaves the second of a pair of normal numbers in the generator
+    before = states()
+    for _ in make(Augmented(ALL, first), batch=1, num_workers=workers):
+        assert states() == before
+
+
+@pytest.mark.parametrize("draws", ["python", "numpy", "torch", ALL])
+def test_a_data_set_that_begins_to_draw_late_has_the_same_numbers(draws: str) -> None:
+    """Its first batches draw nothing, so the generators are only watched; the batch that draws is read again, seeded."""
+    dataset = Augmented(draws, first=N - 1)
+    late = make(dataset, batch=1, shuffle=False)
+    assert by_index(late) == by_index(make(Augmented(draws, first=N - 1), num_workers=1, batch=1, shuffle=False))
+    assert dataset.read == [*range(N), N - 1]
+
+
+def test_a_data_set_that_draws_is_read_once() -> None:
+    dataset = Augmented(ALL)
+    for _ in range(2):
+        list(make(dataset))
+    assert sorted(dataset.read) == sorted([*range(N)] * 2)
+
+
+def test_an_index_that_comes_twice_gets_other_numbers_the_second_time() -> None:
+    loader = make(Augmented("torch"), sampler=WeightedRandomSampler([1.0, *[0.0] * (N - 1)], 6))
+    drawn = [numbers[2].item() for _, batch in loader for numbers in batch]
+    assert len(set(drawn)) == 6
+
+
+def test_a_resumed_run_has_the_random_numbers_of_the_unbroken_one() -> None:
+    whole = [batch[1].tolist() for batch in make(Augmented(ALL), batch=2)]
+    for workers in (0, 2):
+        loader = make(Augmented(ALL), batch=2, num_workers=workers)
+        loader.load_state_dict({**loader.state_dict(), "position": 6})
+        assert [batch[1].tolist() for batch in loader] == whole[3:]
+
+
+def test_numbers_drawn_while_collating_are_the_same_with_and_without_workers() -> None:
+    def noisy(samples: list[Any]) -> Any:
+        return default_collate(samples)[1] + torch.rand(()) + random.random()
+
+    runs = [[batch.tolist() for batch in make(Augmented("torch"), collate_fn=noisy, num_workers=workers)] for workers in (0, 2)]
+    assert runs[0] == runs[1]
+
+
+def test_data_sets_with_getitems_are_seeded_by_batch() -> None:
+    runs = [by_index(make(Many(ALL), num_workers=workers)) for workers in (0, 2)]
+    assert runs[0] == runs[1]
+
+
+def test_seeding_can_be_switched_off() -> None:
+    config = DataLoaderConfiguration(seed_samples=False)
+    loader = prepare_loader(DataLoader(Augmented("torch"), batch_size=4), config=config)
+    torch.manual_seed(5)
+    drawn = [numbers[2].item() for _, batch in loader for numbers in batch]
+    torch.manual_seed(5)
+    assert drawn == [torch.rand(()).item() for _ in range(N)]
+
+
+@pytest.mark.parametrize("kind", [Python, Numpy, Torch])
+@pytest.mark.parametrize("draws", [1, 3, 700, 2000])
+def test_watching_a_generator_sees_every_draw_and_can_undo_it(kind: Any, draws: int) -> None:
+    draw = {Python: random.random, Numpy: np.random.rand, Torch: lambda: torch.rand(()).item()}[kind]
+    generator = kind()
+    generator.seed(3)
+    mark = generator.mark()
+    assert not generator.moved(mark)
+    first = [draw() for _ in range(draws)]
+    assert generator.moved(mark)
+    generator.put_back(mark)
+    assert not generator.moved(mark)
+    assert [draw() for _ in range(draws)] == first
+
+
+# -- the same batches as a plain DataLoader ---------------------------------------------------------------------------
+X, Y = torch.arange(N * 6.0).view(N, 3, 2), torch.arange(N)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "fast"),
+    [
+        (TensorDataset(X, Y), True),
+        (TensorDataset(X), True),
+        (Subset(TensorDataset(X, Y), [5, 3, -1, 0]), True),
+        (Subset(Subset(TensorDataset(X, Y), [5, 3, 9, 0, 1]), range(1, 4)), True),
+        (TensorDataset(X.transpose(1, 2)), False),
+        (TensorDataset(torch.nn.Parameter(X)), False),
+        (ConcatDataset([TensorDataset(X, Y), TensorDataset(X, Y)]), False),
+        (StackDataset(X, Y), False),
+        (StackDataset(x=X, y=Y), False),
+        (Many(""), False),
+        (Subset(Many(""), [3, 4, 5]), False),
+        ([{"a": i, "b": "x"} for i in range(5)], False),
+    ],
+)
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_batches_equal_those_of_a_plain_loader_with_the_same_order(dataset: Any, fast: bool, drop_last: bool) -> None:
+    loader = prepare_loader(DataLoader(dataset, batch_size=3, shuffle=True, drop_last=drop_last), seed=2)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(mix(2, 0))).tolist()
+    plain = list(DataLoader(dataset, batch_size=3, sampler=order, drop_last=drop_last))
+    ours = list(loader)
+    assert (TensorReading.of(dataset, default_collate) is not None) is fast
+    assert str(ours) == str(plain)
+    assert [type(batch) for batch in ours] == [type(batch) for batch in plain]
+
+
+def test_batches_of_tensors_have_memory_of_their_own() -> None:
+    tensors = TensorDataset(torch.zeros(8))
+    for (batch,) in prepare_loader(DataLoader(tensors, batch_size=4)):
+        batch += 1
+    assert tensors.tensors[0].sum() == 0
+
+
+def test_a_weighted_sampler_over_tensors_takes_the_short_way_too() -> None:
+    sampler = WeightedRandomSampler([1.0] * N, N)
+    direct = make(TensorDataset(Y), sampler=sampler)
+    assert direct._source._tensors is not None
+    long_way = make(Y, sampler=sampler)
+    assert [batch[0].tolist() for batch in direct] == [batch.tolist() for batch in long_way]
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+class Broken(Dataset[Any]):
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 4:
+            if self.how == "raises":
+                raise KeyError("no such picture")
+            if self.how == "stops":
+                raise StopIteration
+            if self.how == "none":
+                return None
+            if self.how == "ragged":
+                return torch.zeros(3)
+        return torch.zeros(2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("seeded", [True, False])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raises", r"Sample 4 of Broken{where} could not be read: KeyError: 'no such picture' Repair the sample"),
+        ("stops", r"Sample 4 of Broken{where} could not be read: StopIteration"),
+        ("none", r"Sample 4 of Broken{where} is None"),
+        ("ragged", r"The samples 3, 4, 5 of Broken{where} do not make a batch: RuntimeError: stack expects"),
+    ],
+)
+def test_a_sample_that_cannot_be_read_is_named(how: str, message: str, workers: int, seeded: bool) -> None:
+    config = DataLoaderConfiguration(seed_samples=seeded)
+    plain = DataLoader(Broken(how), batch_size=3, num_workers=workers, multiprocessing_context="fork" if workers else None)
+    where = r" \(worker 0\)" if workers else ""
+    with pytest.raises(DataError, match=message.format(where=where)) as caught:
+        list(prepare_loader(plain, config=config))
+    if workers:
+        assert "in __getitem__" in "".join(caught.value.__notes__), "the worker's traceback is a note"
+
+
+def test_workers_can_be_spawned() -> None:
+    plain = DataLoader(TensorDataset(Y), batch_size=4, num_workers=1, multiprocessing_context="spawn")
+    assert [batch[0].tolist() for batch in prepare_loader(plain)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]]
