@@ -231,6 +231,11 @@ class Checkpoint(Callback):
         except Exception as error:  # the exception that ended the run is the one to be seen
             trainer.print(f"save_on_exception: not saved. {type(error).__name__}: {error}")
 
+    def save(self, trainer: TrainerView) -> bool:
+        """Save now, as the newest, whatever is due: the run was told to end. Return whether this position is saved."""
+        self._write(trainer, None)
+        return self._position == _position(trainer.progress)
+
     # -- is it time? --------------------------------------------------------------------------------------------------
     def _due(self, trainer: TrainerView, *, at_epoch: bool) -> bool:
         """Ask every interval, and note for each that was due when that was."""

@@ -1,11 +1,13 @@
 """The folder of a run: runs/<name>/<id>/ with config.yaml, metrics.jsonl, logs/ and checkpoints/; and which run a resume means.
 
-`resume=None` makes a new folder; "auto" goes on in the newest folder of that name that has checkpoints; a path names a
-checkpoint, a run folder, or a checkpoints folder, and is taken just as it is.
+`resume=None` makes a new folder; "auto" goes on in the newest folder of that name, or starts anew when that has no checkpoint;
+a path names a checkpoint, a run folder, or a checkpoints folder, and is taken just as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -53,9 +55,11 @@ def open_run(root: Path, name: str | None, resume: str | Path | None, world: Wor
     found: dict[str, Any] | None = None
     if world.is_main:
         try:
-            found = _choose(root.expanduser(), name, resume)
+            # Absolute: the working folder may change while the run goes on.
+            found = _choose(root.expanduser().absolute(), name, resume, create)
             if create:
                 (Path(found["path"]) / "checkpoints").mkdir(parents=True, exist_ok=True)
+                (Path(found["path"]) / "finished").unlink(missing_ok=True)
         except (CheckpointError, OSError) as error:
             found = {"error": str(error), "checkpoint": isinstance(error, CheckpointError)}
     found = world.broadcast_json(found)
@@ -71,32 +75,37 @@ def open_run(root: Path, name: str | None, resume: str | Path | None, world: Wor
     return RunFolder(name, found["id"], Path(found["path"]), resume_from, found["notes"])
 
 
-def _choose(root: Path, name: str, resume: str | Path | None) -> dict[str, Any]:
+def _choose(root: Path, name: str, resume: str | Path | None, create: bool) -> dict[str, Any]:
     base = root / name
     notes: list[str] = []
+
+    def fresh(*said: str, start: Path | None = None) -> dict[str, Any]:
+        path = _new(base, create)
+        return {"id": path.name, "path": str(path), "resume_from": str(start) if start else None, "notes": list(said)}
+
     if resume is None:
-        path, run_id = _new(base)
-        unfinished = _newest_with_checkpoints(base)
-        if unfinished is not None and not (unfinished / "finished").exists():
-            notes.append(f"starting anew; an unfinished run lies in {unfinished} (resume='auto' goes on with it)")
-        return {"id": run_id, "path": str(path), "resume_from": None, "notes": notes}
+        unfinished = _newest(base)
+        if unfinished is not None and _has_checkpoints(unfinished) and not (unfinished / "finished").exists():
+            return fresh(f"starting anew; an unfinished run lies in {unfinished} (resume='auto' goes on with it)")
+        return fresh()
     if str(resume) == "auto":
-        path = _newest_with_checkpoints(base)
+        path = _newest(base)
         if path is None:
-            path, run_id = _new(base)
-            return {"id": run_id, "path": str(path), "resume_from": None, "notes": [f"no checkpoint in {base}: starting anew"]}
+            return fresh(f"no checkpoint in {base}: starting anew")
+        if not _has_checkpoints(path):
+            return fresh(f"the newest run, {path.name}, has no checkpoint: starting anew")
         info = _latest(path / "checkpoints")
         notes.extend(info.notes)
         return {"id": path.name, "path": str(path), "resume_from": str(info.path), "notes": notes}
     if str(resume) in ("last", "best"):
-        path = _newest_with_checkpoints(base)
+        path = _newest(base, with_checkpoints=True)
         if path is None:
             raise CheckpointError(
                 f"resume={str(resume)!r}: there is no checkpoint in {base.absolute()}. Use resume=None to start anew."
             )
-        checkpoint = _best(path / "checkpoints") if str(resume) == "best" else _latest(path / "checkpoints").path
-        return {"id": path.name, "path": str(path), "resume_from": str(checkpoint), "notes": notes}
-    given = Path(resume).expanduser()
+        info = _best(path / "checkpoints") if str(resume) == "best" else _latest(path / "checkpoints")
+        return {"id": path.name, "path": str(path), "resume_from": str(info.path), "notes": list(info.notes)}
+    given = Path(resume).expanduser().absolute()
     if not given.exists():
         raise CheckpointError(f"There is no checkpoint {given.absolute()}.{_near(given)} Use resume='auto' to take the newest.")
     if given.is_file():
@@ -104,30 +113,61 @@ def _choose(root: Path, name: str, resume: str | Path | None) -> dict[str, Any]:
             f"{given.absolute()} is a file; a checkpoint is a folder with a manifest.json. Files that were pickled are not read."
         )
     if (given / "manifest.json").exists():
+        _check_whole(given)
         run = given.parent.parent if given.parent.name == "checkpoints" else None
-        if run is not None and run.parent == base:
+        if run is not None and run.parent.resolve() == base.resolve():
             return {"id": run.name, "path": str(run), "resume_from": str(given), "notes": notes}
-        path, run_id = _new(base)
-        return {"id": run_id, "path": str(path), "resume_from": str(given), "notes": notes}
+        return fresh(start=given)
     folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
     info = _latest(folder)
-    path = given if folder != given else _new(base)[0]
-    return {"id": path.name, "path": str(path), "resume_from": str(info.path), "notes": [*notes, *info.notes]}
+    if folder == given:
+        return fresh(*info.notes, start=info.path)
+    return {"id": given.name, "path": str(given), "resume_from": str(info.path), "notes": list(info.notes)}
 
 
-def _new(base: Path) -> tuple[Path, str]:
+def _new(base: Path, create: bool) -> Path:
+    """Take a new folder's name: the time, and a number where another run began in the same second."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    run_id, n = stamp, 1
-    while (base / run_id).exists():
-        run_id, n = f"{stamp}-{n}", n + 1
-    return base / run_id, run_id
+    for n in itertools.count(1):
+        path = base / (stamp if n == 1 else f"{stamp}-{n}")
+        if not create and not path.exists():
+            return path
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)  # fails when another process was faster
+            return path
+    raise AssertionError("unreachable")
 
 
-def _newest_with_checkpoints(base: Path) -> Path | None:
+def _newest(base: Path, *, with_checkpoints: bool = False) -> Path | None:
+    """Return the newest run that began to train: one that broke off before that has neither config.yaml nor checkpoints."""
     if not base.is_dir():
         return None
-    runs = [p for p in base.iterdir() if (p / "checkpoints").is_dir() and any((p / "checkpoints").glob("step-*"))]
-    return max(runs, key=lambda p: p.name, default=None)
+    runs = [p for p in base.iterdir() if _has_checkpoints(p) or (not with_checkpoints and (p / "config.yaml").exists())]
+    return max(runs, key=_age, default=None)
+
+
+def _has_checkpoints(run: Path) -> bool:
+    return any((run / "checkpoints").glob("step-*"))
+
+
+def _age(run: Path) -> tuple[str, int, str]:
+    """Sort runs by their time, then by their number within the second: -10 comes after -9."""
+    day, _, rest = run.name.partition("-")
+    clock, _, number = rest.partition("-")
+    return f"{day}-{clock}", int(number) if number.isdecimal() else 0, run.name
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a damaged checkpoint before anything is loaded from it."""
+    from ..strategies.checkpoint.reader import Checkpoint
+
+    with Checkpoint(path) as checkpoint:
+        faults = checkpoint.faults(full=False)
+    if faults:
+        raise CheckpointError(
+            f"{path} is damaged: {faults[0]}{f' (and {len(faults) - 1} more)' if len(faults) > 1 else ''}"
+            f"{_near(path)} Use resume='auto' to take the newest that is whole."
+        )
 
 
 def _latest(folder: Path) -> CheckpointInfo:
@@ -139,8 +179,8 @@ def _latest(folder: Path) -> CheckpointInfo:
     return info
 
 
-def _best(folder: Path) -> Path:
-    """The newest checkpoint whose meta says that it was the best when it was saved."""
+def _best(folder: Path) -> CheckpointInfo:
+    """Return the newest checkpoint whose meta says that it was the best when it was saved."""
     from ..strategies.checkpoint.store import CheckpointStore
 
     infos = CheckpointStore(folder).list()
@@ -150,13 +190,14 @@ def _best(folder: Path) -> Path:
             f"resume='best': no checkpoint in {folder.absolute()} was saved as the best. "
             "Give Checkpoint(monitor=...) to the run, or use 'last'."
         )
-    return best[-1].path
+    _check_whole(best[-1].path)
+    return best[-1]
 
 
 def _near(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
-    names = sorted(p.name for p in path.parent.glob("step-*"))
+    names = sorted(p.name for p in path.parent.glob("step-*") if p != path)
     return f" In that folder: {', '.join(names[-4:])}." if names else ""
 
 

@@ -15,8 +15,10 @@ from torch import Tensor
 from ..strategies import control as codes
 from ..strategies.errors import ConfigError, suggest
 from . import state as run_state
+from .boundary import EPOCH, Boundary
 from .defaults import make_accelerator
 from .launch.script import ensure_ranks
+from .metric_objects import load_objects_state, merge_objects_states, objects_state
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -105,6 +107,7 @@ class Runtime:
     callbacks: list[Callback]
     max_epochs: int | None
     max_steps: int | None
+    fast_dev_run: int
     log_every_n_steps: int
     options: dict[str, Any]
     config: dict[str, Any]

@@ -2,11 +2,12 @@
 
     tensors        model/<model>/<name>, optimizer/<optimizer>/<model>/<parameter>/<key>     (strategies/named_state.py)
     values         optimizer/<optimizer>, precision, window, scheduler/<i>, and every provider by its name
-    rank values    random states of each rank, and what a provider says is its own rank's
+    rank values    random states of each rank, and the state of providers that is each rank's own (`state_is_per_rank`)
 
 `collect` takes it from a running accelerator; `restore` gives it back: first models and optimizers, then schedulers and
 providers in the order of their registration, the random states last, because anything before may draw from them.
-A provider is any object with `state_dict` and `load_state_dict` whose state is a tree of tensors and JSON values.
+A provider is any object with `state_dict` and `load_state_dict` whose state is a tree of tensors and JSON values. One whose state
+is per rank may have `load_states`, which is given those of all ranks, so that a resume on another number can merge them.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def collect(accelerator: Accelerator, providers: Mapping[str, Provider]) -> Coll
     for i, scheduler in enumerate(accelerator.schedulers):
         found.values[f"scheduler/{i}"] = _plain_scheduler(scheduler.state_dict())
     for name, provider in providers.items():
-        if getattr(provider, "state_is_per_rank", False):
+        if _is_per_rank(provider):
             found.rank_values[name] = provider.state_dict()
         else:
             found.values[name] = provider.state_dict()
@@ -75,50 +76,69 @@ def restore(
     names = checkpoint.names()
     held = set(checkpoint.value_names())
     skipped: list[str] = []
-    for strategy, models, optimizers in _by_strategy(accelerator):
-        own = {f"model/{n}/" for n in models}
-        theirs = [n for n in names if not n.startswith("model/") or any(n.startswith(p) for p in own)]
-        values = {n: checkpoint.value(n) for n in held if n.startswith("optimizer/")}
-        skipped += strategy.load_state_tensors(models, optimizers, theirs, checkpoint.tensor, values, strict=strict)
+    # What can be told by names is checked before anything is loaded.
     known = {n.split("/", 2)[1] for n in names if n.startswith("model/")}
     if strict and (extra := known - set(accelerator.models)):
         raise CheckpointError(
             f"The checkpoint holds the model(s) {', '.join(sorted(extra))}, and the run has "
-            f"{', '.join(accelerator.models) or 'none'}. "
-            "Prepare the same models, or load with strict=False."
+            f"{', '.join(accelerator.models) or 'none'}. Prepare the same models, or load with strict=False."
         )
-    accelerator.precision.load_state_dict(checkpoint.value("precision"))
-    accelerator.window.load_state_dict(checkpoint.value("window"))
     saved_schedulers = sum(n.startswith("scheduler/") for n in held)
     if saved_schedulers != len(accelerator.schedulers):
         raise CheckpointError(
             f"The checkpoint holds {saved_schedulers} scheduler(s) and the run has {len(accelerator.schedulers)}. "
             "Build the same ones."
         )
+    for name, provider in providers.items():
+        _check_provider(name, provider, checkpoint, held, strict=strict)
+    for strategy, models, optimizers in _by_strategy(accelerator):
+        own = {f"model/{n}/" for n in models}
+        theirs = [n for n in names if not n.startswith("model/") or any(n.startswith(p) for p in own)]
+        values = {n: checkpoint.value(n) for n in held if n.startswith("optimizer/")}
+        skipped += strategy.load_state_tensors(models, optimizers, theirs, checkpoint.tensor, values, strict=strict)
+    accelerator.precision.load_state_dict(checkpoint.value("precision"))
+    accelerator.window.load_state_dict(checkpoint.value("window"))
     for i, scheduler in enumerate(accelerator.schedulers):
         scheduler.load_state_dict(checkpoint.value(f"scheduler/{i}"))
+    for optimizer in accelerator.optimizers.values():
+        # torch's schedulers warn when their optimizer never stepped in this process; it did in the one before.
+        optimizer.optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
     for name, provider in providers.items():
-        skipped += _restore_provider(name, provider, checkpoint, held, accelerator.world.rank, strict=strict)
+        if not _restore_provider(name, provider, checkpoint, held, accelerator.world.rank):
+            skipped.append(name)
     return skipped
 
 
-def _restore_provider(
-    name: str, provider: Provider, checkpoint: Checkpoint, held: set[str], rank: int, *, strict: bool
-) -> list[str]:
-    if getattr(provider, "state_is_per_rank", False):
-        if rank < checkpoint.world_size and name in checkpoint.rank_value_names(rank):
-            provider.load_state_dict(checkpoint.rank_value(name, rank))
-            return []
-    elif name in held:
-        provider.load_state_dict(checkpoint.value(name))
-        return []
-    if strict and getattr(provider, "state_is_required", True):
-        kind = sorted(n for n in held if n.split("/")[0] == name.split("/")[0])
+def _is_per_rank(provider: Provider) -> bool:
+    """Whether each rank's state is its own: objects that say so, and loaders that each rank reads by itself."""
+    return getattr(provider, "state_is_per_rank", False) or getattr(provider, "per_rank", False)
+
+
+def _check_provider(name: str, provider: Provider, checkpoint: Checkpoint, held: set[str], *, strict: bool) -> None:
+    there = name in checkpoint.rank_value_names(0) if _is_per_rank(provider) else name in held
+    if strict and not there and getattr(provider, "state_is_required", True):
+        kind = sorted(n for n in {*held, *checkpoint.rank_value_names(0)} if n.split("/")[0] == name.split("/")[0])
         raise CheckpointError(
             f"The checkpoint holds no state for {name!r}; of that kind it holds {', '.join(kind) or 'nothing'}. "
             "Register the same objects as in the run that saved it, or load with strict=False."
         )
-    return [name]
+
+
+def _restore_provider(name: str, provider: Provider, checkpoint: Checkpoint, held: set[str], rank: int) -> bool:
+    """Give one provider its state; return False where there is none."""
+    if not _is_per_rank(provider):
+        if name in held:
+            provider.load_state_dict(checkpoint.value(name))
+        return name in held
+    if name not in checkpoint.rank_value_names(0):
+        return False
+    load_states = getattr(provider, "load_states", None)
+    if load_states is not None:
+        load_states([checkpoint.rank_value(name, r) for r in range(checkpoint.world_size)])
+    else:
+        # A rank that the saving run did not have is given rank 0's state, and refuses it if it cannot go on from there.
+        provider.load_state_dict(checkpoint.rank_value(name, rank if rank < checkpoint.world_size else 0))
+    return True
 
 
 def load_models(accelerator: Accelerator, checkpoint: Checkpoint) -> None:

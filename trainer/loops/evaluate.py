@@ -58,6 +58,8 @@ def evaluate(
                     output = step(batch, batch_idx, *extra)
                 for hook in batch_end:
                     hook(output, batch, batch_idx, *extra)
+                if several_ranks or control.requested:
+                    trainer.look_up(seen)
                 if limit is not None and batch_idx + 1 >= limit:
                     break
         trainer.log_suffix = ""

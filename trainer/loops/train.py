@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ...strategies.errors import DataError
+from ..boundary import EPOCH, STEP
 
 if TYPE_CHECKING:
     from ..trainer import Trainer
@@ -42,13 +43,17 @@ class TrainLoop:
         self.step = self.module.training_step if self.automatic else self.accelerator.bind(self.module, "training_step")
         self._next_event = 0
         self._log_due = False
-        self._reported_empty = False
+        # Only a checkpoint on an exception needs the state before the step that failed: to note it costs what a save collects.
+        self._notes = any(getattr(c, "save_on_exception", False) for c in trainer.callbacks)
 
     def run(self) -> None:
         """Train until an epoch, step or time limit, a stop request, or the end of what the loader gives."""
         trainer, progress = self.trainer, self.progress
         self._plan_events()
         trainer.clock.start()
+        trainer.in_window = True
+        self._do_what_is_due()
+        self._note()
         while not trainer.should_stop and not trainer.reached_limit():
             if not trainer.resumed_mid_epoch:
                 self.loader.set_epoch(progress.epoch)
@@ -56,6 +61,22 @@ class TrainLoop:
             ended = self._epoch(trainer.take_resumed_mid_epoch())
             if ended:
                 self._end_epoch()
+                self._note()
+
+    def _do_what_is_due(self) -> None:
+        """Begin a resumed run with what the saved one had still to do after its last step."""
+        trainer = self.trainer
+        due, trainer.due = trainer.due, ()
+        if STEP in due:
+            self._validate_and_save()
+            self._plan_events()
+        if EPOCH in due and not trainer.should_stop:
+            trainer.take_resumed_mid_epoch()
+            self._end_epoch()
+
+    def _note(self) -> None:
+        if self._notes:
+            self.trainer.note(buffers=True)
 
     def _epoch(self, resumed: bool) -> bool:
         """Train over the rest of the epoch; return False when it was broken off by a limit or a stop."""
@@ -65,7 +86,7 @@ class TrainLoop:
         batch_start, batch_end, automatic = hooks.on_train_batch_start, hooks.on_train_batch_end, self.automatic
         log_every, several, checks_time = trainer.log_every_n_steps, accelerator.world.size > 1, trainer.clock.limit is not None
         max_steps = _NEVER if trainer.max_steps is None else trainer.max_steps
-        before = progress.batches
+        before, notes = progress.batches, self._notes
         for batch in loader:
             batch_idx = progress.batch_in_epoch
             if batch_start and self._any_skips(batch_start, batch, batch_idx):
@@ -96,6 +117,8 @@ class TrainLoop:
             if window.sync:
                 if progress.global_step >= self._next_event:
                     self._after_step()
+                    if trainer.leaving:
+                        return False
                 if checks_time:
                     trainer.clock.check(control)
                 code = control.tick(progress.batches) if several or control.requested else 0
@@ -103,12 +126,14 @@ class TrainLoop:
                     trainer.obey(code)
                 if trainer.pending_saves:
                     trainer.write_pending_saves()
+                if notes:
+                    trainer.note(buffers=True)
                 if trainer.should_stop or progress.global_step >= max_steps:
                     return loader.is_last and not trainer.leaving
         if progress.batches == before and not resumed:
             raise DataError(
-                f"The training loader gave no batch in epoch {progress.epoch}. Expected at least one. Is the data set empty, smaller "
-                "than one batch with drop_last=True, or an iterator that was used up in the epoch before?"
+                f"The training loader gave no batch in epoch {progress.epoch}. Expected at least one. Is the data set empty, "
+                "smaller than one batch with drop_last=True, or an iterator that was used up in the epoch before?"
             )
         return True
 
@@ -184,17 +209,28 @@ class TrainLoop:
         trainer, step = self.trainer, self.progress.global_step
         if trainer.log_every_n_steps > 0 and step % trainer.log_every_n_steps == 0:
             trainer.log_point(self.metrics)
-        if trainer.val_every_steps and step % trainer.val_every_steps == 0 and trainer.epoch_validates():
-            trainer.validate_in_fit()
-        for hook in self.hooks.on_checkpoint_step:
-            hook()
+        self._validate_and_save()
         self._plan_events()
+
+    def _validate_and_save(self) -> None:
+        trainer = self.trainer
+        if trainer.val_every_steps and self.progress.global_step % trainer.val_every_steps == 0 and trainer.epoch_validates():
+            trainer.validate_in_fit((STEP, *trainer.due_now()))
+            if trainer.leaving:
+                return
+        if self.hooks.on_checkpoint_step:
+            trainer.in_window = False
+            for hook in self.hooks.on_checkpoint_step:
+                hook()
+            trainer.in_window = True
 
     def _end_epoch(self) -> None:
         """The epoch's validation, values, hooks and schedulers; then the counters stand at the next epoch's start."""
         trainer, progress = self.trainer, self.progress
         if not trainer.val_every_steps and trainer.epoch_validates():
-            trainer.validate_in_fit()
+            trainer.validate_in_fit((EPOCH,))
+            if trainer.leaving:
+                return
         trainer.report_epoch(self.metrics)
         schedulers = trainer.epoch_schedulers if self.automatic else ()
         trainer.run_schedulers([c for c in schedulers if c.monitor is None], progress.epoch + 1)
@@ -204,6 +240,8 @@ class TrainLoop:
         progress.epoch += 1
         progress.batch_in_epoch = 0
         self.loader.set_epoch(progress.epoch)
+        trainer.in_window = False
         self.hooks.call("on_checkpoint_epoch")
+        trainer.in_window = True
         if trainer.pending_saves:
             trainer.write_pending_saves()

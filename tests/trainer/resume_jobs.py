@@ -1,0 +1,308 @@
+"""The job that test_resume, test_kill and test_signals stop and resume: everything in it would show a resume that is not exact.
+
+    dropout and BatchNorm in the model; random augmentation from torch, python and numpy in the data set; AdamW with a scheduler
+    by step, one by epoch and one on a plateau; epoch means; a callback and a registered object with states of their own.
+`train` runs it in this process and returns all that can be compared. As a script, `python resume_jobs.py '{"root": ...}'`, it
+is what the tests kill. The ledger is a file per process, which gets the numbers of the samples that were trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from drivetrain.callbacks.base import Callback
+from drivetrain.callbacks.checkpoint import Checkpoint
+from drivetrain.trainer.module import TrainingModule
+from drivetrain.trainer.trainer import Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained; `options` go to the Trainer."""
+
+    samples: int = 44
+    batch_size: int = 4
+    epochs: int = 3
+    workers: int = 0
+    dropout: float = 0.3
+    augment: bool = True
+    batch_norm: bool = True
+    num_items: bool = False
+    plateau: bool = True
+    validate: bool = True
+    sgd: bool = False
+    step_s: float = 0.0
+    validation_s: float = 0.0
+    fail_at: tuple[int, int] | None = None
+    """(batch, rank) at which training_step raises."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Samples(Dataset[tuple[Tensor, Tensor, int]]):
+    """Samples that are augmented with random numbers of every kind, and know their numbers."""
+
+    def __init__(self, job: Job, offset: int = 0) -> None:
+        self.job, self.offset = job, offset
+        made = torch.Generator().manual_seed(5 + offset)
+        self.x = torch.randn(job.samples, 6, generator=made)
+        self.y = torch.sin(self.x).sum(1, keepdim=True)
+
+    def __len__(self) -> int:
+        return self.job.samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        x = self.x[index]
+        if self.job.augment and not self.offset:
+            x = x + 0.1 * torch.randn(6) + random.random() * 0.1 + float(np.random.rand()) * 0.1
+        return x, self.y[index], index
+
+
+class Ledger:
+    """Which samples were trained on: (batch, epoch, rank, numbers), a file for each process."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.path = None if folder is None else folder / f"ledger-{time.time_ns()}-{os.getpid()}.jsonl"
+
+    def note(self, *entry: Any) -> None:
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def read_ledger(folder: Path) -> dict[int, list[list[int]]]:
+    """Return epoch -> for each micro-batch in order the sorted samples of all ranks.
+
+    A step that was trained on again after a kill must have had the same samples, on each rank.
+    """
+    found: dict[int, dict[int, dict[int, list[int]]]] = {}
+    for path in sorted(folder.glob("ledger-*.jsonl")):
+        for line in path.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):
+                continue  # the kill came while it was written
+            batch, epoch, rank, numbers = json.loads(line)
+            known = found.setdefault(epoch, {}).setdefault(batch, {}).setdefault(rank, numbers)
+            assert known == numbers, f"batch {batch} of epoch {epoch} on rank {rank}: {known}, and later {numbers}"
+    return {
+        epoch: [sorted(n for numbers in batches[b].values() for n in numbers) for b in sorted(batches)]
+        for epoch, batches in found.items()
+    }
+
+
+def assert_each_sample_once(folder: Path, job: Job) -> None:
+    ledger = read_ledger(folder)
+    assert sorted(ledger) == list(range(job.epochs))
+    for epoch, batches in ledger.items():
+        assert sorted(n for batch in batches for n in batch) == list(range(job.samples)), f"epoch {epoch}: {batches}"
+
+
+class Module(TrainingModule):
+    def __init__(self, job: Job, ledger: Ledger) -> None:
+        super().__init__()
+        self.job, self.ledger = job, ledger
+        torch.manual_seed(1)
+        middle = [nn.BatchNorm1d(8)] if job.batch_norm else []
+        self.net = nn.Sequential(nn.Linear(6, 8), *middle, nn.Tanh(), nn.Dropout(job.dropout), nn.Linear(8, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y, numbers = batch
+        progress, rank = self.trainer.progress, self.trainer.world.rank
+        if self.job.step_s:
+            time.sleep(self.job.step_s)
+        real = numbers.tolist()[: self.trainer.train_loader.num_samples]
+        self.ledger.note(progress.batches, progress.epoch, rank, real)
+        prediction = self.net(x)
+        if self.job.fail_at == (progress.batches, rank):
+            raise ValueError("the step fails here")
+        loss = nn.functional.mse_loss(prediction, y)
+        self.log("train_loss", loss, on_step=True, on_epoch=True)
+        self.log("samples", float(len(real)), on_step=False, on_epoch=True, reduce="sum")
+        if self.job.num_items:
+            return {"loss": nn.functional.mse_loss(prediction, y, reduction="sum"), "num_items": len(real)}
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y, _ = batch
+        if self.job.validation_s:
+            time.sleep(self.job.validation_s)
+        self.log("val_loss", nn.functional.mse_loss(self.net(x), y))
+        self.log("val_noise", torch.rand(()))  # a validation may draw random numbers too
+
+    def configure_optimizers(self) -> Any:
+        if self.job.sgd:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
+        schedulers: list[Any] = [
+            {"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99), "interval": "step"},
+            {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9), "interval": "epoch"},
+        ]
+        if self.job.plateau and self.job.validate:
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+            schedulers.append({"scheduler": plateau, "monitor": "val_loss"})
+        return [optimizer], schedulers
+
+
+class Average:
+    """An object of the user's own: the running mean of the weights."""
+
+    def __init__(self) -> None:
+        self.mean: Tensor | None = None
+        self.count = 0
+
+    def update(self, value: Tensor) -> None:
+        self.mean = value.clone() if self.mean is None else self.mean.lerp(value, 0.1)
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean, self.count = state["mean"], state["count"]
+
+
+class Recorder(Callback):
+    """Notes what happens and with which numbers, and has a state; its `average` is registered for checkpointing."""
+
+    state_is_required = False
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+        self.events: list[tuple[Any, ...]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.average = Average()
+        self.seen = 0
+        self.noise = torch.zeros(())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "noise": self.noise}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen, self.noise = state["seen"], state["noise"]
+
+    def setup(self, trainer: Any, module: nn.Module, stage: str) -> None:
+        if stage == "fit":
+            trainer.accelerator.register_for_checkpointing(self.average)
+
+    def on_train_batch_end(self, trainer: Any, module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        self.losses[trainer.progress.batches] = loss.item()
+        self.seen += 1
+        self.noise = self.noise + torch.rand(())
+        if trainer.accelerator.sync_gradients:
+            self.average.update(module.net[0].weight.detach())
+            rates = [group["lr"] for o in trainer.optimizers.values() for group in o.param_groups]
+            self.events.append(("step", trainer.progress.global_step, rates, self.seen, float(self.noise)))
+
+    def on_train_epoch_start(self, trainer: Any, module: nn.Module) -> None:
+        self.events.append(("epoch starts", trainer.progress.epoch, trainer.progress.global_step))
+
+    def on_train_epoch_end(self, trainer: Any, module: nn.Module) -> None:
+        self.events.append(("epoch ends", trainer.progress.epoch, trainer.progress.global_step))
+
+    def on_validation_end(self, trainer: Any, module: nn.Module) -> None:
+        if trainer.stage == "fit":
+            self.events.append(("validated", trainer.progress.global_step, trainer.metrics["val_loss"]))
+
+    def on_log(self, trainer: Any, module: nn.Module, metrics: dict[str, float], step: int) -> None:
+        self.logged.append((step, dict(metrics)))
+
+
+@dataclass
+class Result:
+    """What a run did, as plain data."""
+
+    losses: dict[int, float]
+    events: list[tuple[Any, ...]]
+    logged: list[tuple[int, dict[str, float]]]
+    weights: dict[str, Tensor]
+    average: Tensor | None
+    progress: dict[str, Any]
+    folder: str
+
+
+def trainer_for(job: Job, root: Path, callbacks: Sequence[Callback] = (), **more: Any) -> Trainer:
+    options: dict[str, Any] = {
+        "max_epochs": job.epochs,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "seed": 3,
+        "root": root,
+        "name": "job",
+    }
+    return Trainer(**options | job.options | {"callbacks": list(callbacks)} | more)
+
+
+def loaders(job: Job) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
+    train = DataLoader(Samples(job), batch_size=job.batch_size, shuffle=True, num_workers=job.workers)
+    if not job.validate:
+        return train, None
+    small = Job(samples=7, batch_size=3, augment=job.augment)
+    return train, DataLoader(Samples(small, offset=1), batch_size=3)
+
+
+def train(
+    job: Job, root: Path, *, resume: Any = None, ledger: Path | None = None, callbacks: Sequence[Callback] = (), **options: Any
+) -> Result:
+    """Run the job to its end (or `max_steps`) in a fresh Trainer; return what happened in this part of it."""
+    recorder = Recorder()
+    trainer = trainer_for(job, root, [recorder, *callbacks], **options)
+    module = Module(job, Ledger(ledger))
+    trainer.fit(module, *loaders(job), resume=resume)
+    progress = asdict(trainer.progress)
+    del progress["seconds"]
+    weights = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    return Result(recorder.losses, recorder.events, recorder.logged, weights, recorder.average.mean, progress, str(trainer.root))
+
+
+def assert_same_end(result: Result, expected: Result) -> None:
+    """The weights, the registered average and the counters are equal, bit for bit."""
+    assert result.progress == expected.progress
+    for name, value in expected.weights.items():
+        assert torch.equal(result.weights[name], value), f"{name} differs by {(result.weights[name] - value).abs().max()}"
+    assert result.average is not None
+    assert expected.average is not None
+    assert torch.equal(result.average, expected.average)
+
+
+def assert_goes_on_as(result: Result, expected: Result, *, batches: int) -> None:
+    """`result`, resumed behind `batches` micro-batches, did from there on what `expected` did, bit for bit."""
+    assert result.losses == {b: loss for b, loss in expected.losses.items() if b > batches}
+    assert result.events == expected.events[len(expected.events) - len(result.events) :]
+    assert result.logged == expected.logged[len(expected.logged) - len(result.logged) :]
+    assert_same_end(result, expected)
+
+
+# -- as a script ------------------------------------------------------------------------------------------------------
+def main() -> None:
+    """Train as the JSON in the first argument says: {"root", "job", "every", "resume", "options"}."""
+    given = json.loads(sys.argv[1])
+    fields = given.get("job", {})
+    if "fail_at" in fields:
+        fields["fail_at"] = tuple(fields["fail_at"])
+    job = Job(**fields)
+    root = Path(given["root"])
+    every = given.get("every", "1step")
+    callbacks: list[Callback] = [Checkpoint(every)] if every else []
+    result = train(job, root, resume=given.get("resume", "auto"), ledger=root, callbacks=callbacks, **given.get("options", {}))
+    if int(os.environ.get("RANK", "0")) == 0:
+        weights = {name: value.to(torch.float64).tolist() for name, value in result.weights.items()}
+        partial = root / "result.tmp"
+        partial.write_text(json.dumps({"weights": weights, "progress": result.progress}))
+        partial.rename(root / "result.json")
+
+
+if __name__ == "__main__":
+    main()
