@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-
 _HALF = frozenset((torch.float16, torch.bfloat16))
 
 
@@ -67,7 +66,11 @@ def clip_values_(grads: Sequence[Tensor], limit: float) -> None:
 
 def _by_device(grads: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
     first = grads[0].device
-    if all(g.device == first for g in grads):
+    # Again a loop without calls, which all(... for ...) is not.
+    for g in grads:
+        if g.device != first:
+            break
+    else:
         return {first: list(grads)}
     groups: dict[torch.device, list[Tensor]] = {}
     for g in grads:

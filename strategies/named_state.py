@@ -2,6 +2,7 @@
 
     model/<model>/<parameter or buffer>                 a tensor
     optimizer/<optimizer>/<model>/<parameter>/<key>     a tensor of the optimizer's state for that parameter
+    optimizer/<optimizer>/<model>/<parameter>/<key>#<i> item i of a list of tensors (LBFGS has such)
     optimizer/<optimizer>                               JSON: the groups' options with their parameters' names, scalar state
 
 Names are those of the module that the user wrote, without a wrapper's prefix, so that every strategy can read what any other
@@ -92,6 +93,10 @@ def optimizer_state(
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer/{optimizer_name}/{prefix}/{key}"] = value
+                elif isinstance(value, list) and any(isinstance(item, Tensor) for item in value):
+                    items = {i: item for i, item in enumerate(value) if isinstance(item, Tensor)}
+                    tensors |= {f"optimizer/{optimizer_name}/{prefix}/{key}#{i}": item for i, item in items.items()}
+                    scalars.setdefault(prefix, {})[key] = [None if i in items else item for i, item in enumerate(value)]
                 else:
                     scalars.setdefault(prefix, {})[key] = value
         groups = [
@@ -119,7 +124,7 @@ def load_optimizer_state(
     Raises:
         CheckpointError: another optimizer class, other groups or other parameters; nothing was loaded then.
     """
-    parameters = {name: p for name, p in _named(models)}
+    parameters = dict(_named(models))
     by_optimizer: dict[str, list[str]] = {}
     for name in names:
         if name.startswith("optimizer/"):
@@ -165,23 +170,27 @@ def _state_for(
         parameter = parameters.get(parameter_name)
         if parameter is None or id(parameter) not in number:
             raise CheckpointError(
-                f"Optimizer {optimizer_name!r} had state for parameter {parameter_name!r}, which is not among its parameters now. "
-                "Build the same parameter groups, or load the models only."
+                f"Optimizer {optimizer_name!r} had state for parameter {parameter_name!r}, which is not among its parameters "
+                "now. Build the same parameter groups, or load the models only."
             )
         return state.setdefault(number[id(parameter)], {})
 
+    for parameter_name, scalars in saved["scalars"].items():
+        slot(parameter_name).update({k: list(v) if isinstance(v, list) else v for k, v in scalars.items()})
     for name in names:
         parameter_name, _, key = name.removeprefix(f"optimizer/{optimizer_name}/").rpartition("/")
-        slot(parameter_name)[key] = read(name)
-    for parameter_name, scalars in saved["scalars"].items():
-        slot(parameter_name).update(scalars)
+        key, _, item = key.partition("#")
+        if item:
+            slot(parameter_name)[key][int(item)] = read(name)
+        else:
+            slot(parameter_name)[key] = read(name)
     packed = []
     for group, current in zip(groups, optimizer.param_groups, strict=True):
         wanted = [number[id(parameters[n])] for n in group["params"] if n in parameters and id(parameters[n]) in number]
         if sorted(wanted) != sorted(number[id(p)] for p in current["params"]):
             raise CheckpointError(
-                f"A parameter group of optimizer {optimizer_name!r} held {len(group['params'])} parameters that are not those of the "
-                f"{len(current['params'])} it holds now. Build the same parameter groups, or load the models only."
+                f"A parameter group of optimizer {optimizer_name!r} held {len(group['params'])} parameters that are not those of "
+                f"the {len(current['params'])} it holds now. Build the same parameter groups, or load the models only."
             )
         # A tuple such as AdamW's betas is a list in JSON; torch keeps whatever it is given.
         options = {k: tuple(v) if isinstance(v, list) and isinstance(current.get(k), tuple) else v for k, v in group.items()}

@@ -211,4 +211,4 @@ def test_parameters_buffers_and_mode_are_taken_over() -> None:
     assert type(model[1]) is type(model[2]) is SynchronizedBatchNorm
     assert not model[1].training
     assert model[1].momentum is None
-    assert convert_sync_batchnorm(model, None, CPU)[1] is model[1]
+    assert convert_sync_batchnorm(model, None, CPU).get_submodule("1") is model[1]

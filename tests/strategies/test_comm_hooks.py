@@ -24,6 +24,7 @@ def gradients_of(options: dict[str, Any], steps: int = 1) -> tuple[Tensor, Tenso
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8))
     prepared = strategy.prepare_model("model", model)
+    x = torch.empty(0)
     for step in range(steps):
         model.zero_grad()
         x = torch.randn(4, 16, generator=torch.Generator().manual_seed(10 * step + world.rank))
