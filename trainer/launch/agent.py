@@ -210,12 +210,22 @@ def forwarding_signals() -> Iterator[Signals]:
             signal.signal(number, handler)
 
 
+def reset_signals() -> None:
+    """Give a forked process the handlers of a fresh one, instead of the agent's."""
+    for name in _FORWARDED:
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
+            signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+
+
 def kill_all(ranks: Sequence[Rank]) -> None:
     """Kill what is left of every rank, its workers included, and wait for the ranks themselves."""
     for rank in ranks:
-        # Also of a rank that has ended: its process group lives on while a worker does.
+        # The group also of a rank that has ended: it lives on while a worker does.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(rank.process.pid, signal.SIGKILL)
+        if rank.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.process.pid, signal.SIGKILL)
     deadline = time.monotonic() + 5.0
     while _collect(list(ranks)) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -29,7 +29,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ...strategies.environment import read_environment
 from ...strategies.errors import ConfigError, DistributedError
-from .agent import Rank, check_ranks, forwarding_signals, kill_all, listening_socket, rank_variables, supervise
+from .agent import Rank, check_ranks, forwarding_signals, kill_all, listening_socket, rank_variables, reset_signals, supervise
 from .child import die_with_parent
 from .report import exit_code, report
 
@@ -93,8 +93,10 @@ def launch(fn: Callable[..., T], *args: Any, devices: int, method: str = "auto")
                 f"The {devices} processes ended with exit code {ended.code} ({ended.stopped_by or 'on purpose'})."
             )
         return [_result(rank, devices, answers) for rank in range(devices)]
-    finally:
+    except BaseException:
         kill_all(ranks)
+        raise
+    finally:
         for pipe in pipes:
             pipe.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -168,6 +170,8 @@ def _start(
         # Python 3.12 warns of a fork beside threads; the module's docstring says why it is safe here.
         warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
         process.start()
+    with contextlib.suppress(OSError):
+        os.setpgid(process.pid, process.pid)  # as the child does itself: whoever comes first
     sending.close()
     return Rank(rank, LaunchedProcess(process), error_file, log_file)
 
@@ -179,6 +183,7 @@ def _rank_main(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    reset_signals()
     os.environ.update(variables)
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # the terminal's Ctrl-C is for the agent, which hands it on

@@ -107,7 +107,7 @@ def why_not_again() -> str:
         return "a notebook"
     if hasattr(sys, "ps1") or sys.flags.interactive or ("IPython" in sys.modules and hasattr(main, "get_ipython")):
         return "an interactive session"
-    if "_pytest" in sys.modules or "PYTEST_CURRENT_TEST" in os.environ:
+    if "_pytest" in sys.modules and "PYTEST_CURRENT_TEST" in os.environ:  # the second alone is inherited by what a test starts
         return "a test"
     if multiprocessing.parent_process() is not None:
         return "a process started by another one (multiprocessing)"
