@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from drivetrain.strategies.world import World
+
+sys.path.insert(0, str(Path(__file__).parent))  # for resume_jobs, which several tests share
 
 
 @pytest.fixture

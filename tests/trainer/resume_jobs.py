@@ -149,7 +149,7 @@ class Module(TrainingModule):
         ]
         if self.job.plateau and self.job.validate:
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
-            schedulers.append({"scheduler": plateau, "monitor": "val_loss"})
+            schedulers.append({"scheduler": plateau, "monitor": "val_loss", "strict": False})
         return [optimizer], schedulers
 
 
@@ -175,6 +175,7 @@ class Recorder(Callback):
     """Notes what happens and with which numbers, and has a state; its `average` is registered for checkpointing."""
 
     state_is_required = False
+    state_is_per_rank = True  # it draws random numbers, which differ between ranks
 
     def __init__(self) -> None:
         self.losses: dict[int, float] = {}
@@ -242,7 +243,8 @@ def trainer_for(job: Job, root: Path, callbacks: Sequence[Callback] = (), **more
         "root": root,
         "name": "job",
     }
-    return Trainer(**options | job.options | {"callbacks": list(callbacks)} | more)
+    options |= {name: value() if callable(value) else value for name, value in job.options.items()}
+    return Trainer(**options | {"callbacks": list(callbacks)} | more)
 
 
 def loaders(job: Job) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
