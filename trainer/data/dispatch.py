@@ -27,7 +27,7 @@ __all__ = ["Dispatch", "pack", "unpack"]
 _END, _BATCH, _ERROR = 0, 1, 2
 _ALIGN = 16
 _PATIENCE_S = 5
-_KEEP = 10  # most works of sending that are kept without looking whether they are done
+_KEEP = 4  # messages a rank that may be under way: two micro-batches
 
 
 class Dispatch:
@@ -45,6 +45,7 @@ class Dispatch:
 
     def send(self, micro_batches: Iterator[Group]) -> Iterator[Micro]:
         """Rank 0: send each rank its part of every micro-batch and yield this rank's."""
+        patience: timedelta | None = timedelta(seconds=_PATIENCE_S)
         try:
             for parts, is_last, batches in micro_batches:
                 total = sum(count for _, count in parts)
@@ -58,13 +59,15 @@ class Dispatch:
                 batch, count = parts[self.shards[self.rank]]
                 yield Micro(batch, count, total, is_last, batches)
                 if is_last:
-                    return
-        except GeneratorExit:
-            raise
+                    break
+            else:
+                self._tell_all(_END)
+            patience = None
         except Exception as error:
             self._tell_all(_ERROR, f"{type(error).__name__}: {error}".encode())
             raise
-        self._tell_all(_END)
+        finally:
+            self._wait(patience)
 
     def receive(self) -> Iterator[Micro]:
         """The other ranks: yield what rank 0 sends.
@@ -110,11 +113,13 @@ class Dispatch:
         for rank in range(len(self.shards)):
             if rank != self.rank:
                 self._send(rank, what, text, torch.empty(0, dtype=torch.uint8))
-        if what == _ERROR:
-            # The process may end right after this: the others should hear why.
-            with contextlib.suppress(RuntimeError):  # a rank that is gone needs no telling
-                for work, _ in self._sending:
-                    work.wait(timedelta(seconds=_PATIENCE_S))
+
+    def _wait(self, patience: timedelta | None) -> None:
+        """Let what was sent arrive: this process may end right after. After a break or an error not for long: ranks may be gone."""
+        with contextlib.suppress(RuntimeError) if patience else contextlib.nullcontext():
+            for work, _ in self._sending:
+                work.wait(*[patience] if patience else [])
+        self._sending = []
 
 
 def pack(batch: Any) -> tuple[bytes, Tensor]:

@@ -9,7 +9,9 @@ All give the same samples in the same order as a plain DataLoader with that samp
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -356,6 +358,23 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+def _leave_signals_to_the_trainer() -> None:
+    """Ctrl-C, and what a job system sends to the whole process group, ask the trainer to save: it still needs its workers then."""
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        # SIGTERM cannot just be ignored: at its exit Python sends it to the workers that are left, and waits for them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_obey_the_parent_only, name="sigterm", daemon=True).start()
+
+
+def _obey_the_parent_only() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():  # pyright: ignore[reportAttributeAccessIssue]
+        pass
+    os._exit(0)
+
+
 class _WorkerStart:
     """Runs first in each worker, before the user's worker_init_fn."""
 
@@ -363,11 +382,7 @@ class _WorkerStart:
         self.then = then
 
     def __call__(self, worker_id: int) -> None:
-        # Ctrl-C goes to every process of the terminal, and the trainer decides what it means. What a launcher or a job
-        # system sends to ask for a checkpoint is not for workers either.
-        for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        _leave_signals_to_the_trainer()
         info = get_worker_info()
         if info is not None and isinstance(info.dataset, Reading):
             # Users open files on get_worker_info().dataset here; they mean their own data set.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -23,4 +24,7 @@ def stateful(loader: DataLoader[Any], arguments: dict[str, Any]) -> Any:
             "or leave it out: a data set without a state of its own is then read and dropped up to the position."
         ) from error
     every = getattr(loader, "snapshot_every_n_steps", 1)
-    return StatefulDataLoader(**arguments, snapshot_every_n_steps=every)
+    with warnings.catch_warnings():
+        # torchdata 0.11 calls something that torch 2.13 has deprecated; there is nothing a user could do about it.
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+        return StatefulDataLoader(**arguments, snapshot_every_n_steps=every)

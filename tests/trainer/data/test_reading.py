@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
+import signal
+import subprocess
+import time
 from typing import Any
 
 import numpy as np
@@ -271,3 +275,30 @@ def test_a_sample_that_cannot_be_read_is_named(how: str, message: str, workers: 
 def test_workers_can_be_spawned() -> None:
     plain = DataLoader(TensorDataset(Y), batch_size=4, num_workers=1, multiprocessing_context="spawn")
     assert [batch[0].tolist() for batch in prepare_loader(plain)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]]
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="waits for a platform that says who sent a signal")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_signals_to_the_whole_process_group_do_not_end_the_workers(name: str) -> None:
+    """A job system that asks for a checkpoint signals every process; the trainer needs its workers until it has saved."""
+    loader = make(TensorDataset(Y), num_workers=2, batch=1)
+    batches = iter(loader)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        subprocess.run(["kill", f"-{name.removeprefix('SIG')}", str(worker.pid)], check=True)
+    assert len(list(batches)) == N - 1
+
+
+def test_a_worker_ends_when_its_parent_says_so() -> None:
+    loader = make(TensorDataset(Y), num_workers=1, batch=1)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    started = time.monotonic()
+    worker.terminate()
+    worker.join(timeout=10)
+    assert worker.exitcode == 0, "what torch's own handler does when the parent sends SIGTERM"
+    assert time.monotonic() - started < 10
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(batches)
