@@ -36,9 +36,7 @@ def main(argv: list[str]) -> int:
     own, command = split(argv, options)
     chosen = options.parse_args(own)
     if not command:
-        raise ConfigError(
-            "drivetrain run needs a script: `drivetrain run -n 2 script.py`, or `-m module`. See `drivetrain run --help`."
-        )
+        raise ConfigError("No script was named: `drivetrain run -n 2 script.py`, or `-m module`. See `drivetrain run --help`.")
     ranks = count(chosen.devices)
     if chosen.dry_run:
         line = ["torchrun", "--nnodes", "1", "--nproc-per-node", str(ranks), "--standalone", *command]
