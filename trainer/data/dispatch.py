@@ -1,7 +1,7 @@
 """Rank 0 reads, every other rank gets its slice: for iterables that cannot shard themselves.
 
-A message is a header of six integers (what, real samples, samples of all ranks, is it the last, bytes of the structure, bytes of the
-tensors) and then those bytes. The structure is pickled with the tensors taken out of it; tensors travel as they lie in memory.
+A message is a header of six integers (what, real samples, samples of all ranks, is it the last, bytes of the structure, bytes of
+the tensors) and then those bytes. The structure is pickled without the tensors, which travel as they lie in memory.
 Each rank is sent its own part only, so rank 0 sends every byte once. An error of rank 0 is a message too: nobody waits
 for a rank that is gone. The messages go over a gloo group of their own, from the thread that trains.
 """
@@ -115,7 +115,7 @@ class Dispatch:
                 self._send(rank, what, text, torch.empty(0, dtype=torch.uint8))
 
     def _wait(self, patience: timedelta | None) -> None:
-        """Let what was sent arrive: this process may end right after. After a break or an error not for long: ranks may be gone."""
+        """Let what was sent arrive: this process may end right after. After a break not for long, ranks may be gone."""
         with contextlib.suppress(RuntimeError) if patience else contextlib.nullcontext():
             for work, _ in self._sending:
                 work.wait(*[patience] if patience else [])

@@ -47,8 +47,8 @@ class _Course:
 class Loader:
     """A prepared loader. Iterate it once an epoch; attributes it does not have are those of the user's loader.
 
-    Order: one permutation per (seed, epoch) over the whole data set, the same on any number of ranks. A micro-batch takes the next
-    B*W samples of it, rank r its contiguous slice. Epochs count up by themselves unless `set_epoch` is called (not when
+    Order: one permutation per (seed, epoch) over the whole data set, the same on any number of ranks. A micro-batch takes the
+    next B*W samples of it, rank r its contiguous slice. Epochs count up by themselves unless `set_epoch` is called (not when
     `training` is False: an evaluation sees the same order each time).
 
     Attributes, set before each batch is handed out:
@@ -226,7 +226,8 @@ class Loader:
             ) from None
 
     def __repr__(self) -> str:
-        return f"Loader({type(self.loader).__name__}, rank {self._shard[0]}/{self._shard[1]}, epoch {self.epoch}, position {self.position})"
+        index, ranks = self._shard
+        return f"Loader({type(self.loader).__name__}, rank {index}/{ranks}, epoch {self.epoch}, position {self.position})"
 
     # -- position -----------------------------------------------------------------------------------------------------
     @property
@@ -271,7 +272,8 @@ class Loader:
             if samples is not None and samples != found.get("samples"):
                 source.order.seed = seed
                 raise CheckpointError(
-                    f"The checkpoint stands at sample {found['position']} of {found.get('samples')}, and this data set has {samples} samples. "
+                    f"The checkpoint stands at sample {found['position']} of {found.get('samples')}, and this data set has "
+                    f"{samples} samples. "
                     "Expected the data set of the saved run. Give it the same data, or resume from the end of an epoch."
                 )
         else:
@@ -372,6 +374,7 @@ def _check_same(source: Indexed, world: World | None) -> None:
         names = ("samples", "seed of the order", "samples in a micro-batch")
         differences = ", ".join(f"{name} {a} and {b}" for name, a, b in zip(names, every[0], every[odd], strict=True) if a != b)
         raise DataError(
-            f"Ranks 0 and {odd} have different loaders: {differences}. Expected the same data set, batch size and generator seed on every rank: "
+            f"Ranks 0 and {odd} have different loaders: {differences}. Expected the same data set, batch size and generator "
+            "seed on every rank: "
             "the ranks divide one permutation. Build the loader in the same way everywhere."
         )

@@ -1,7 +1,7 @@
 """Random numbers that reading a sample draws: made from (seed, epoch, index), whoever reads it.
 
-A transform that calls `random.random()`, `np.random.rand()` or `torch.rand(())` uses a generator of the whole process. Left alone,
-its numbers depend on which worker reads and on how far prefetching ran, and with `num_workers=0` they come out of the same
+A transform that calls `random.random()`, `np.random.rand()` or `torch.rand(())` uses a generator of the whole process. Left
+alone, its numbers depend on which worker reads and on how far prefetching ran, and with `num_workers=0` they come out of the same
 stream as the training's dropout. Here each sample is read with the generators seeded from its key, and in the process that
 trains they are put back afterwards. Putting back costs (numpy: 50 us), so it is done for generators that the data set uses:
     the first batches   everything seeded, saved and put back; which generators moved is noted for each sample
@@ -51,7 +51,7 @@ def seed_of(key: int, index: Any, position: int | None) -> int:
 
 
 class Generator(Protocol):
-    """One of the process' global generators. `mark` is cheap; with it `moved` can tell, and `put_back` undo, that numbers were drawn."""
+    """One of the process' global generators. `mark` is cheap; with it `moved` tells of draws, and `put_back` undoes them."""
 
     @property
     def seed(self) -> Callable[[int], Any]: ...

@@ -180,13 +180,15 @@ class Reading:
                     f"Sample {missing} of {name}{where} is None. Expected data: a __getitem__ without a return gives None."
                 )
             return DataError(
-                f"The samples {shown} of {name}{where} do not make a batch: {said} Expected samples of the same structure and shapes. "
+                f"The samples {shown} of {name}{where} do not make a batch: {said} Expected samples of the same structure and "
+                "shapes. "
                 "Pad them in the data set, or give the DataLoader a collate_fn that does."
             )
         sample = _sample_being_read(error.__traceback__)
         what = f"Sample {sample}" if sample is not None else f"One of the samples {shown}"
         return DataError(
-            f"{what} of {name}{where} could not be read: {said} Repair the sample, or leave its index out (torch.utils.data.Subset)."
+            f"{what} of {name}{where} could not be read: {said} Repair the sample, or leave its index out "
+            "(torch.utils.data.Subset)."
         )
 
 
@@ -313,7 +315,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 # -- workers ----------------------------------------------------------------------------------------------------------
 class WorkerLoader(DataLoader[Any]):
-    """The torch DataLoader that runs worker processes (and pins memory): its data set is a `Reading`, its sampler gives requests."""
+    """The torch DataLoader that runs workers (and pins memory): its data set is a `Reading`, its sampler gives requests."""
 
     def __init__(self, reading: Reading, requests: Any, loader: DataLoader[Any]) -> None:
         """`requests` is iterated once a pass; everything else is as the user's `loader` has it."""
@@ -359,7 +361,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals_to_the_trainer() -> None:
-    """Ctrl-C, and what a job system sends to the whole process group, ask the trainer to save: it still needs its workers then."""
+    """Ctrl-C, and what a job system sends to the whole process group, are for the trainer, who still needs its workers."""
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -145,7 +145,8 @@ class Replayed:
             found = list(itertools.islice(iter(self.sampler), limit + 1))
         if len(found) > limit:
             raise DataError(
-                f"{type(self.sampler).__name__} says that it has {declared} entries and gave more than {limit}. Expected a sampler "
+                f"{type(self.sampler).__name__} says that it has {declared} entries and gave more than {limit}. Expected a "
+                "sampler "
                 "that ends: its epoch is listed before it is read. Endless data go in an IterableDataset."
             )
         return found
@@ -281,7 +282,8 @@ class Batches:
         ends = [0, *itertools.accumulate(len(batch) for batch in batches)]
         if start not in ends:
             raise DataError(
-                f"The position is sample {start} of the epoch, where no batch of the batch sampler begins. Expected the sampler to "
+                f"The position is sample {start} of the epoch, where no batch of the batch sampler begins. Expected the "
+                "sampler to "
                 "give the batches of the saved run again: give it the same seed, or a set_epoch method."
             )
         last = len(batches) if limit is None else min(len(batches), limit * self.ranks)

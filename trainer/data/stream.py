@@ -28,7 +28,7 @@ __all__ = ["Micro", "Stream", "alone", "beside", "count_samples", "cut", "groups
 
 _END = object()
 _SNAPSHOT_EVERY = 16
-"""Batches between two calls of the iterable's state_dict(), which costs 30 to 500 us: after a resume at most so many are read and dropped."""
+"""Batches between two calls of the iterable's state_dict(), which costs 30 to 500 us: a resume drops at most so many."""
 
 
 class Micro(NamedTuple):
@@ -111,8 +111,10 @@ class Stream:
         while (batches is not None and self.batches < batches) or (samples is not None and self.samples < samples):
             if self.read() is _END:
                 raise CheckpointError(
-                    f"The position is {batches if batches is not None else samples} {'batches' if batches is not None else 'samples'} into "
-                    f"epoch {epoch}, and {_name(self.source)} ended after {self.batches} batches with {self.samples} samples. Expected the data "
+                    f"The position is {batches if batches is not None else samples} "
+                    f"{'batches' if batches is not None else 'samples'} into "
+                    f"epoch {epoch}, and {_name(self.source)} ended after {self.batches} batches with {self.samples} samples. "
+                    "Expected the data "
                     "of the saved run. Give it the same data, or start a new run."
                 )
         self.consumed = self.batches
@@ -128,7 +130,8 @@ class Stream:
         if iterator is source and self.stateful is None:
             if self._spent is source:
                 raise DataError(
-                    f"A {_name(source)} can be run through only once, and a second epoch was asked for. Expected something that starts "
+                    f"A {_name(source)} can be run through only once, and a second epoch was asked for. Expected something "
+                    "that starts "
                     "anew: a DataLoader, a list of batches, or the function that makes the iterator (without calling it)."
                 )
             self._spent = source
@@ -212,7 +215,8 @@ def beside(
             return
         if empty:
             raise DataError(
-                f"{empty} of {ranks} ranks have no batch at all{'' if here else ', this one among them'}. Expected at least one on each. "
+                f"{empty} of {ranks} ranks have no batch at all{'' if here else ', this one among them'}. Expected at least "
+                "one on each. "
                 "Cut the data into more shards, or let rank 0 read them: DataLoaderConfiguration(dispatch_batches=True)."
             )
         if here:

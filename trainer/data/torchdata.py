@@ -20,7 +20,8 @@ def stateful(loader: DataLoader[Any], arguments: dict[str, Any]) -> Any:
         from torchdata.stateful_dataloader import StatefulDataLoader
     except ImportError as error:
         raise MissingDependency(
-            f"use_stateful_dataloader=True needs torchdata, which could not be imported ({error}). Run pip install 'drivetrain[data]', "
+            f"use_stateful_dataloader=True needs torchdata, which could not be imported ({error}). Run pip install "
+            "'drivetrain[data]', "
             "or leave it out: a data set without a state of its own is then read and dropped up to the position."
         ) from error
     every = getattr(loader, "snapshot_every_n_steps", 1)

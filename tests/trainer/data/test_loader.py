@@ -114,7 +114,7 @@ def test_another_number_of_ranks_goes_on_and_reads_every_sample_once(change: tup
         second = [make(n=37, batch=4, rank=r, ranks=after, drop_last=drop_last) for r in range(after)]
         for loader in second:
             loader.load_state_dict(states[0])
-            read += sum(real(loader), [])
+            read += [sample for batch in real(loader) for sample in batch]
         assert len(set(read)) == len(read)
         assert len(read) == 37 if not drop_last else len(read) > 37 - 4 * after
 
@@ -269,7 +269,7 @@ def test_skipped_batches_leave_everything_else_as_it_was(skip: int) -> None:
         view = skip_first_batches(loader, skip)
         rest = real(view)
         assert rest == whole[rank][skip:]
-        gathered += sum(rest, [])
+        gathered += [sample for batch in rest for sample in batch]
         assert (view.transfer, len(view), view.is_last) == (loader.transfer, max(0, 3 - skip), skip < 3)
         assert heard == [view, None]
         assert loader.state_dict() == {**loader.state_dict(), "epoch": 1, "position": 0}, "the epoch is shared"

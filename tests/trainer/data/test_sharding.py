@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -44,6 +45,10 @@ def real(loader: Loader) -> list[list[int]]:
     return [batch.tolist()[: loader.num_samples] for batch in loader]
 
 
+def flat(batches: Iterable[list[int]]) -> list[int]:
+    return [sample for batch in batches for sample in batch]
+
+
 def on_every_rank(ranks: int, **arguments: Any) -> list[Loader]:
     return [prepare_loader(DataLoader(**arguments), shard=(rank, ranks), seed=7) for rank in range(ranks)]
 
@@ -62,7 +67,7 @@ def test_the_ragged_tail_is_cut_as_numpy_cuts_arrays() -> None:
 def test_the_order_is_one_permutation_of_seed_and_epoch() -> None:
     loader = prepare_loader(DataLoader(Numbers(10), batch_size=4, shuffle=True), seed=3)
     for epoch in range(3):
-        assert sum(real(loader), []) == permutation(10, 3, epoch)
+        assert flat(real(loader)) == permutation(10, 3, epoch)
     assert permutation(10, 3, 0) != permutation(10, 3, 1) != permutation(10, 4, 0)
 
 
@@ -76,7 +81,7 @@ def test_a_users_generator_decides_by_its_seed() -> None:
         generator = torch.Generator().manual_seed(11)
         torch.rand(moved, generator=generator)
         loader = prepare_loader(DataLoader(Numbers(9), batch_size=3, shuffle=True, generator=generator), seed=3)
-        assert sum(real(loader), []) == permutation(9, 11, 0)
+        assert flat(real(loader)) == permutation(9, 11, 0)
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -94,8 +99,8 @@ def test_each_sample_is_read_once_over_all_ranks(n: int, batch: int, ranks: int,
     whole = real(single)
     assert {len(batches) for batches in each} == {len(whole)} == {len(loaders[0])}
     # The union over ranks of a micro-batch is the single rank's micro-batch, in the same order.
-    assert [sum(together, []) for together in zip(*each, strict=True)] == whole
-    seen = sorted(sum(whole, []))
+    assert [flat(together) for together in zip(*each, strict=True)] == whole
+    seen = sorted(flat(whole))
     assert len(set(seen)) == len(seen) == (n // (batch * ranks) * batch * ranks if drop_last else n)
 
 
@@ -126,9 +131,9 @@ def test_samples_of_padding_are_the_only_ones_read_twice() -> None:
 def test_random_sampler_with_num_samples_goes_through_the_set_again() -> None:
     numbers = Numbers(4)
     loader = prepare_loader(DataLoader(numbers, batch_size=3, sampler=RandomSampler(numbers, num_samples=10)), seed=1)
-    drawn = sum(real(loader), [])
+    drawn = flat(real(loader))
     assert [sorted(drawn[:4]), sorted(drawn[4:8]), len(drawn)] == [[0, 1, 2, 3], [0, 1, 2, 3], 10]
-    assert sum(real(loader), []) != drawn
+    assert flat(real(loader)) != drawn
 
 
 def test_random_sampler_with_replacement_is_the_same_on_all_ranks() -> None:
@@ -136,7 +141,7 @@ def test_random_sampler_with_replacement_is_the_same_on_all_ranks() -> None:
     loaders = on_every_rank(2, dataset=numbers, batch_size=2, sampler=RandomSampler(numbers, replacement=True, num_samples=8))
     one, other = (real(loader) for loader in loaders)
     expected = torch.randint(5, (8,), generator=torch.Generator().manual_seed(mix(7, 0))).tolist()
-    assert sum((a + b for a, b in zip(one, other, strict=True)), []) == expected
+    assert flat(a + b for a, b in zip(one, other, strict=True)) == expected
 
 
 @pytest.mark.parametrize("kind", ["weighted", "weighted with a generator", "subset", "list", "own"])
@@ -171,7 +176,7 @@ def test_any_sampler_is_replayed_alike_on_all_ranks_and_in_a_later_process(kind:
         loaders = [prepare_loader(loader, shard=(rank, ranks), seed=7) for rank, loader in enumerate(plain)]
         for loader in loaders:
             loader.set_epoch(first)
-        return [sum((sum(group, []) for group in zip(*map(real, loaders), strict=True)), []) for _ in range(first, 3)]
+        return [flat(flat(group) for group in zip(*map(real, loaders), strict=True)) for _ in range(first, 3)]
 
     before = torch.get_rng_state()
     alone = epochs(1)

@@ -173,7 +173,7 @@ def test_a_stateful_data_loader_with_indices_has_our_order() -> None:
     pytest.importorskip("torchdata.stateful_dataloader", reason="waits for torchdata")
     from torchdata.stateful_dataloader import StatefulDataLoader
 
-    data = torch.arange(20)
+    data: Any = torch.arange(20)
     runs = [real(prepare_loader(kind(data, batch_size=3, shuffle=True), seed=4)) for kind in (DataLoader, StatefulDataLoader)]
     assert runs[0] == runs[1]
 
@@ -205,7 +205,7 @@ def test_torchdata_nodes_keep_their_own_position() -> None:
 def test_an_iterator_that_can_only_be_run_through_once_says_so_the_second_time() -> None:
     loader = prepare_loader(iter([torch.zeros(2)]))
     assert len(list(loader)) == 1
-    with pytest.raises(DataError, match="can be run through only once.*without calling it"):
+    with pytest.raises(DataError, match=r"can be run through only once.*without calling it"):
         list(loader)
 
 
