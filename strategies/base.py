@@ -7,7 +7,7 @@ several models in it). The order of calls, which `contract.py` checks for every 
     prepare(models, optimizers)                     both jointly: an engine may fuse them, sharding re-points parameters
     bind(model, "training_step")                    the step as that model's forward
     per micro-batch:  set_gradient_sync(models, bool) -> the step -> backward(loss)
-    per window:       unscale_ -> grad_norm -> scale_gradients -> step(optimizer)
+    per window:       unscale_ -> grad_norm (or gradients_finite) -> scale_gradients -> step(optimizer)
     state_tensors / load_state_tensors              under names that do not depend on the strategy
     stop()
 
@@ -152,6 +152,10 @@ class Strategy:
         """Return the norm of all gradients of `parameters` over all ranks: 0-d, at least fp32, the same on all ranks."""
         return gradients.grad_norm([p.grad for p in parameters if p.grad is not None], norm_type)
 
+    def gradients_finite(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Return whether all gradients of `parameters`, on all ranks, are finite. Reads one value from the device."""
+        return gradients.all_finite([p.grad for p in parameters if p.grad is not None])
+
     def scale_gradients(self, parameters: Sequence[nn.Parameter], factor: Tensor | float) -> None:
         """Multiply all gradients of `parameters` by `factor` in place."""
         gradients.scale_(gradients.gradients(parameters), factor)
@@ -179,7 +183,7 @@ class Strategy:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (tensors, JSON values) under the names of named_state.py. `models` are the user's modules.
 
-        Every rank returns the same names; a tensor may be a `Shard` where ranks hold pieces.
+        Local: no rank waits for another. A tensor may be a `Shard` where ranks hold pieces; what a rank leaves out, others write.
         """
         tensors, values = named_state.optimizer_state(models, optimizers)
         return named_state.model_tensors(models) | tensors, values

@@ -211,7 +211,7 @@ def state_of(hook: CommHook, prefix: str, rank: int, size: int) -> tuple[dict[st
     for bucket, error in state.error_dict.items():
         tensors[f"{prefix}/error/{bucket}"] = Shard(error[None], (rank, 0), (size, error.numel()))
     for kind, memory in (("p", state.p_memory_dict), ("q", state.q_memory_dict)):
-        tensors |= {f"{prefix}/{kind}/{bucket}": _tensor(value) for bucket, value in memory.items()}
+        tensors |= {f"{prefix}/{kind}/{bucket}": _tensor(value).clone() for bucket, value in memory.items()}
     algorithm, keys, position, has_gauss, cached = state.rng.get_state()
     values = {name: getattr(state, name) for name in _COUNTERS}
     values["rng"] = [algorithm, [int(k) for k in keys], int(position), int(has_gauss), float(cached)]

@@ -289,7 +289,7 @@ class DDPStrategy(Strategy):
 
     # -- state --------------------------------------------------------------------------------------------------------
     def sync_buffers(self, models: Iterable[nn.Module]) -> None:
-        """Give rank 0's buffers to all ranks: before an evaluation, and before they are saved. Collective."""
+        """Give rank 0's buffers to all ranks, as the next forward would: before an evaluation. Collective."""
         if self.broadcast_buffers:
             for model in models:
                 replica = self._replicas.get(id(self.unwrap(model)))
@@ -299,21 +299,23 @@ class DDPStrategy(Strategy):
     def state_tensors(
         self, models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The same names and values as on one device; and under `strategy/ddp/` what differs by rank (see comm_hooks.py)."""
-        self.sync_buffers(models.values())
+        """The same names and values as on one device; and under `strategy/ddp/` what differs by rank (see comm_hooks.py).
+
+        Buffers are rank 0's: the others leave them out.
+        """
         tensors, values = super().state_tensors(models, optimizers)
         rank, size = self.world.rank, self.world.size
         for name, model in models.items():
-            if id(model) in self._replicas and not self.broadcast_buffers:
-                from .checkpoint.layout import Shard
+            for key, buffer in model.named_buffers() if id(model) in self._replicas else ():
+                if f"model/{name}/{key}" not in tensors:
+                    continue
+                if rank > 0:
+                    del tensors[f"model/{name}/{key}"]
+                if not self.broadcast_buffers:
+                    from .checkpoint.layout import Shard
 
-                for key, buffer in model.named_buffers():
-                    if f"model/{name}/{key}" in tensors:
-                        row = buffer.detach()[None]
-                        tensors[f"model/{name}/{key}"] = self.world.broadcast(buffer.detach())
-                        tensors[f"strategy/ddp/{name}/buffer/{key}"] = Shard(
-                            row, (rank, *[0] * buffer.dim()), (size, *buffer.shape)
-                        )
+                    row = buffer.detach()[None].clone()
+                    tensors[f"strategy/ddp/{name}/buffer/{key}"] = Shard(row, (rank, *[0] * buffer.dim()), (size, *buffer.shape))
             if hook := self._hooks.get(id(model)):
                 from .comm_hooks import state_of
 

@@ -94,7 +94,7 @@ def restore(
     for strategy, models, optimizers in _by_strategy(accelerator):
         own = {f"model/{n}/" for n in models}
         theirs = [n for n in names if not n.startswith("model/") or any(n.startswith(p) for p in own)]
-        values = {n: checkpoint.value(n) for n in held if n.startswith("optimizer/")}
+        values = {n: checkpoint.value(n) for n in held if n.startswith(("optimizer/", "strategy/"))}
         skipped += strategy.load_state_tensors(models, optimizers, theirs, checkpoint.tensor, values, strict=strict)
     accelerator.precision.load_state_dict(checkpoint.value("precision"))
     accelerator.window.load_state_dict(checkpoint.value("window"))

@@ -50,6 +50,7 @@ class Stepping:
     _bound: dict[Callable[..., Any], Callable[..., Any]]
     _accumulating: Accumulating
     _gated: Tensor | None = None
+    wants_norm: bool = False  # whether the next step should leave its norm in last_grad_norm; the Trainer asks at log points
 
     def _configure_hot_path(self) -> None:
         """Look up once what every step would ask: nothing of this changes after `prepare`."""
@@ -57,6 +58,7 @@ class Stepping:
         self._syncing = [s for s in own if s.reduces_gradients]
         self._scales_loss = self.precision.scales_loss
         self._autocast = self.precision.autocast(self.world.device) if self.precision.autocast_dtype is not None else None
+        self._convert_input = self.precision.convert_input if self.precision.param_dtype is not None else None
         self._reads_loss = self.nonfinite != "ignore" and self.world.device.type == "cpu"
         self._checks_gradients = self.nonfinite != "ignore" and not self._scales_loss
         self._gates = self.world.device.type != "cpu"
@@ -96,6 +98,8 @@ class Stepping:
             NonFiniteError: the loss is NaN or Inf (see `nonfinite`).
         """
         step = self._bound.get(step, step)
+        if self._convert_input is not None:
+            args = self._convert_input(args)
         if self._autocast is None:
             output = step(*args)
         else:
@@ -191,7 +195,11 @@ class Stepping:
             if optimizer.window == window.number:  # multiplied already, by `clip_grad_norm_` or `settle_gradients`
                 factor = None
         optimizer.window = window.number
-        if max_norm is not None or self._checks_gradients:
+        if self._checks_gradients and max_norm is None and not self.wants_norm and not self._gates:
+            if not strategy.gradients_finite(parameters):
+                self._gradients_not_finite(optimizer)
+                return False
+        elif max_norm is not None or self._checks_gradients or self.wants_norm:
             norm = strategy.grad_norm(parameters)
             self.last_grad_norm = norm
             if self._checks_gradients:
@@ -205,6 +213,8 @@ class Stepping:
                 # The norm of the corrected gradient is scale * norm; both go into one multiplication.
                 factor = (max_norm / (norm * scale + 1e-6)).clamp_(max=1.0) * scale
                 self.last_grad_norm = norm * scale
+            elif factor is not None:
+                self.last_grad_norm = norm * factor
         if factor is not None:
             strategy.scale_gradients(parameters, factor)
         if clip_value is not None:

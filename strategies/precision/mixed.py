@@ -237,7 +237,10 @@ class BF16True(_True):
 
 
 class FP16True(_True):
-    """Everything in float16, the loss not scaled: gradients under 6e-8 vanish and above 65504 overflow."""
+    """Everything in float16, the loss not scaled: gradients under 6e-8 vanish and above 65504 overflow.
+
+    Adam and its kin need eps=1e-4 or so: their default of 1e-8 is 0 in float16, and 0/0 is NaN.
+    """
 
     name = "fp16-true"
     param_dtype = torch.float16

@@ -55,7 +55,7 @@ def evaluate(
                 metrics.batch_samples = loader.num_samples
                 metrics.window = batch_idx
                 with _autocast(accelerator):
-                    output = step(batch, batch_idx, *extra)
+                    output = step(accelerator.precision.convert_input(batch), batch_idx, *extra)
                 for hook in batch_end:
                     hook(output, batch, batch_idx, *extra)
                 if several_ranks or control.requested:
@@ -73,7 +73,8 @@ def evaluate(
             warnings.warn(text, stacklevel=2)  # within fit: the training goes on
         hooks.call(f"on_{stage}_epoch_end")
         values = metrics.flush_step() | metrics.flush_epoch()
-        trainer.publish(values)
+        if values:
+            trainer.publish(values)
         hooks.call(f"on_{stage}_end")
     return values
 
@@ -102,7 +103,7 @@ def predict(trainer: Trainer, loaders: Mapping[str, Loader]) -> list[Any]:
                 for hook in hooks.on_predict_batch_start:
                     hook(batch, batch_idx, *extra)
                 with _autocast(accelerator):
-                    output = module.predict_step(batch, batch_idx, *extra)
+                    output = module.predict_step(accelerator.precision.convert_input(batch), batch_idx, *extra)
                 for hook in hooks.on_predict_batch_end:
                     hook(output, batch, batch_idx, *extra)
                 if loader.num_samples:

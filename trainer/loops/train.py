@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ...callbacks.base import Callback
+from ...callbacks.runner import is_overridden
 from ...strategies.errors import DataError
 from ..boundary import EPOCH, STEP
 
@@ -96,6 +98,7 @@ class TrainLoop:
                 if window.index == 1:
                     self._log_due = log_every > 0 and (progress.global_step + 1) % log_every == 0
                     metrics.window = progress.global_step
+                    accelerator.wants_norm = self._log_due and trainer.logs_loss
                     if automatic:
                         for optimizer in optimizers:
                             for hook in hooks.on_before_zero_grad:
@@ -151,7 +154,7 @@ class TrainLoop:
             optimizer.stepped = False
         accelerator.window.uneven = False  # `manual_backward` weights each loss by itself
         with accelerator.autocast():
-            return self.step(batch, batch_idx)
+            return self.step(accelerator.precision.convert_input(batch), batch_idx)
 
     def _log_loss(self, output: Any) -> None:
         loss = output.get("loss") if isinstance(output, dict) else output
@@ -202,7 +205,9 @@ class TrainLoop:
         if trainer.val_every_steps:
             due.append((step // trainer.val_every_steps + 1) * trainer.val_every_steps)
         if self.hooks.on_checkpoint_step:
-            due.append(step + 1)
+            # A callback that knows when it has something to do next says so (callbacks/checkpoint.py does); inf is never.
+            own = [c for c in trainer.callbacks if is_overridden(c, "on_checkpoint_step", Callback)]
+            due.append(max(step + 1, min(getattr(c, "next_step", step + 1) for c in own)))
         self._next_event = min(due)
 
     def _after_step(self) -> None:

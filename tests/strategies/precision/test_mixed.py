@@ -53,7 +53,7 @@ def test_the_autocast_context_may_be_kept_nested_and_left_by_an_error() -> None:
             with context:
                 assert torch.is_autocast_enabled("cpu")
             assert torch.is_autocast_enabled("cpu")
-            with pytest.raises(ValueError, match="^out$"), context:
+            with pytest.raises(ValueError, match="out"), context:
                 raise ValueError("out")
             assert torch.is_autocast_enabled("cpu")
         assert not torch.is_autocast_enabled("cpu")
@@ -299,7 +299,7 @@ def test_true_precisions_cast_parameters_buffers_and_inputs(make: Callable[[], P
 
 
 def test_only_floating_tensors_of_a_batch_are_cast_wherever_they_lie() -> None:
-    pair = namedtuple("pair", "x y")  # noqa: PYI024
+    pair = namedtuple("pair", "x y")
     batch = {"a": [torch.ones(2), torch.ones(2, dtype=torch.long)], "b": (torch.ones(1), "text"), "c": pair(torch.ones(1), None)}
     cast = BF16True().convert_input(OrderedDict(batch))
     assert type(cast) is OrderedDict
