@@ -8,20 +8,29 @@ is what the tests kill. The ledger is a file per process, which gets the numbers
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
 import os
 import random
+import signal
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from drivetrain.callbacks.base import Callback
 from drivetrain.callbacks.checkpoint import Checkpoint
+from drivetrain.callbacks.loggers.jsonl import read_metrics
+from drivetrain.trainer.launch.report import report
 from drivetrain.trainer.module import TrainingModule
 from drivetrain.trainer.trainer import Trainer
 from torch import Tensor, nn
@@ -287,24 +296,151 @@ def assert_goes_on_as(result: Result, expected: Result, *, batches: int) -> None
     assert_same_end(result, expected)
 
 
-# -- as a script ------------------------------------------------------------------------------------------------------
-def main() -> None:
-    """Train as the JSON in the first argument says: {"root", "job", "every", "resume", "options"}."""
-    given = json.loads(sys.argv[1])
-    fields = given.get("job", {})
-    if "fail_at" in fields:
-        fields["fail_at"] = tuple(fields["fail_at"])
-    job = Job(**fields)
+# -- in processes of their own ----------------------------------------------------------------------------------------
+def main(given: dict[str, Any]) -> None:
+    """Train as `given` says: {"root", "job", "every", "resume", "options"}; leave the end's state in <root>/result.json."""
+    job = Job(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.get("job", {}).items()})
     root = Path(given["root"])
     every = given.get("every", "1step")
     callbacks: list[Callback] = [Checkpoint(every)] if every else []
     result = train(job, root, resume=given.get("resume", "auto"), ledger=root, callbacks=callbacks, **given.get("options", {}))
     if int(os.environ.get("RANK", "0")) == 0:
         weights = {name: value.to(torch.float64).tolist() for name, value in result.weights.items()}
-        partial = root / "result.tmp"
-        partial.write_text(json.dumps({"weights": weights, "progress": result.progress}))
-        partial.rename(root / "result.json")
+        (root / "result.tmp").write_text(json.dumps({"weights": weights, "progress": result.progress}))
+        (root / "result.tmp").rename(root / "result.json")
+
+
+class Started:
+    """A training in a process of its own: forked from this one, which is quick, or the script with its agent and ranks."""
+
+    def __init__(self, given: dict[str, Any], *, script: bool = False) -> None:
+        self.root = Path(given["root"])
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.before = {path.name for path in self.root.glob("ledger-*")}
+        self.log = self.root / f"log-{time.time_ns()}.txt"
+        self.code: int | None = None
+        if script:
+            with self.log.open("wb") as log:
+                command = [sys.executable, __file__, json.dumps(given)]
+                self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+            self.pid = self.process.pid
+            return
+        self.process = None
+        _warm()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
+            self.pid = os.fork()
+        if self.pid == 0:
+            _forked(given, self.log)
+
+    def poll(self) -> int | None:
+        """Return the exit code (minus the signal), None while it runs."""
+        if self.code is None:
+            if self.process is not None:
+                self.code = self.process.poll()
+            else:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def wait(self, timeout_s: float = 60.0) -> int:
+        deadline = time.monotonic() + timeout_s
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutError(f"still running after {timeout_s:g} s:\n{self.output()}")
+            time.sleep(0.01)
+        return code
+
+    def ranks(self) -> dict[int, int]:
+        """Return rank -> process id, of those that have trained on a batch."""
+        return {rank: int(name.rpartition("-")[2].partition(".")[0]) for name, rank, _ in self._ledgers()}
+
+    def trained(self) -> int:
+        """Return how many micro-batches rank 0 has begun."""
+        return sum(lines for _, rank, lines in self._ledgers() if rank == 0)
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+        """Wait until `condition()`, or the end of the process."""
+        deadline = time.monotonic() + timeout_s
+        while not condition() and self.poll() is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutError(f"did not come so far within {timeout_s:g} s:\n{self.output()}")
+            time.sleep(0.002)
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def kill(self) -> None:
+        """Kill the process and all that it started."""
+        pids = [*self.ranks().values(), self.pid]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while self.poll() is None:
+                time.sleep(0.005)
+
+    def _ledgers(self) -> Iterator[tuple[str, int, int]]:
+        for path in self.root.glob("ledger-*.jsonl"):
+            lines = path.read_text().splitlines(keepends=True) if path.name not in self.before else []
+            if lines and lines[0].endswith("\n"):
+                yield path.name, json.loads(lines[0])[2], len(lines)
+
+
+@functools.cache
+def _warm() -> None:
+    """Train once in this process, so that what is forked from it finds everything imported."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        train(Job(samples=4, epochs=1), Path(folder))
+
+
+def _forked(given: dict[str, Any], log: Path) -> NoReturn:
+    """Be a fresh process of one rank: what a script would be, without the seconds that its imports take."""
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        main(given)
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException as error:
+        code = report(error)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def result_of(root: Path) -> dict[str, Any]:
+    return json.loads((root / "result.json").read_text())
+
+
+def newest_run(root: Path) -> Path:
+    return max((root / "job").iterdir(), key=lambda run: run.name)
+
+
+def logged_by(root: Path) -> list[tuple[int, int, dict[str, float]]]:
+    """The lines of metrics.jsonl without their times; that each step is there once is for the caller to compare."""
+    return [(line["step"], line["epoch"], line["metrics"]) for line in read_metrics(newest_run(root))]
+
+
+def steps_saved(root: Path) -> list[int]:
+    folder = newest_run(root) / "checkpoints"
+    return sorted(int(path.name[5:].partition(".")[0]) for path in folder.glob("step-*"))
 
 
 if __name__ == "__main__":
-    main()
+    main(json.loads(sys.argv[1]))
