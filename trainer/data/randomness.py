@@ -139,13 +139,14 @@ class Numpy:
     begin to wait when the twister moves, so that is when get_state() is asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bits: Any) -> None:
+        """`bits`: the bit generator behind numpy's global functions; somebody may put another one there."""
         self._random: Any = sys.modules["numpy"].random
         self.save: Callable[[], Any] = functools.partial(self._random.get_state, legacy=False)
         self.restore: Callable[[Any], Any] = self._random.set_state
         # numpy's own is {uint32 key[624]; int pos}, at an address that it gives away for such uses.
-        self._generator: Any = self._random.get_bit_generator()
-        self._twister = _Twister(self._generator.ctypes.state_address, used_first=False)
+        self._bits = bits
+        self._twister = _Twister(bits.ctypes.state_address, used_first=False)
         self._looked: tuple[int, Any] = (-1, None)
         self._waits = True
 
@@ -189,11 +190,21 @@ class Torch:
 
 def generators() -> list[Generator]:
     """Return the global generators of this process: numpy's only if something imported it, and if it can be seeded."""
-    found: list[Generator] = [Python(), Torch()]
+    found: list[Generator] = list(_always())
     numpy: Any = sys.modules.get("numpy")
-    if numpy is not None and type(numpy.random.get_bit_generator()).__name__ == "MT19937":
-        found.append(Numpy())
+    if numpy is not None and type(bits := numpy.random.get_bit_generator()).__name__ == "MT19937":
+        found.append(_numpy(bits))
     return found
+
+
+@functools.cache
+def _always() -> tuple[Generator, ...]:
+    return Python(), Torch()
+
+
+@functools.lru_cache(maxsize=1)
+def _numpy(bits: Any) -> Numpy:
+    return Numpy(bits)
 
 
 @contextlib.contextmanager

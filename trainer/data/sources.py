@@ -281,8 +281,10 @@ def _length(loader: Any) -> int | None:
 
 
 def _iterates_as_torch(loader: DataLoader[Any]) -> bool:
-    kind = type(loader)
-    return _has_state(loader) or (kind.__iter__ is DataLoader.__iter__ and kind._get_iterator is DataLoader._get_iterator)
+    """Whether `loader` iterates as torch's DataLoader, or torchdata's, does: what it gives follows from its attributes."""
+    homes = ("torch.utils.data.dataloader", "torchdata.stateful_dataloader.stateful_dataloader")
+    methods = ("__iter__", "_get_iterator")
+    return all(next(c for c in type(loader).__mro__ if name in vars(c)).__module__ in homes for name in methods)
 
 
 def _check_iterable(loader: Any) -> None:
