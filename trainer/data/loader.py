@@ -119,8 +119,10 @@ class Loader:
                 self.is_last = at >= stop
                 yield batch if transfer is None else transfer(batch)
             self._leave(turn, finished=True)
-        except Exception:
+        except Exception as error:
             failed = True
+            if isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):
+                raise _worker_died(error) from error
             raise
         finally:
             source.end(batches, failed=failed)
@@ -362,6 +364,13 @@ def skip_first_batches(loader: Loader, num_batches: int) -> Loader:
     if num_batches < 0:
         raise ConfigError(f"skip_first_batches got num_batches={num_batches}; expected 0 or more.")
     return loader._skipping(num_batches)
+
+
+def _worker_died(error: RuntimeError) -> DataError:
+    return DataError(
+        f"The workers of the loader stopped: {error}. Expected them to live as long as the epoch. A killed one usually means that "
+        "memory (or /dev/shm) ran out: use fewer workers or a smaller prefetch_factor; num_workers=0 shows an error of the data set."
+    )
 
 
 def _check_same(source: Indexed, world: World | None) -> None:

@@ -296,6 +296,7 @@ def test_signals_to_the_whole_process_group_do_not_end_the_workers(name: str) ->
     assert len(list(batches)) == N - 1
 
 
+@pytest.mark.slow
 def test_a_worker_ends_when_its_parent_says_so() -> None:
     loader = make(TensorDataset(Y), num_workers=1, batch=1)
     batches = iter(loader)
@@ -306,5 +307,14 @@ def test_a_worker_ends_when_its_parent_says_so() -> None:
     worker.join(timeout=10)
     assert worker.exitcode == 0, "what torch's own handler does when the parent sends SIGTERM"
     assert time.monotonic() - started < 10
-    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+    with pytest.raises(DataError, match=r"The workers of the loader stopped: .* exited unexpectedly"):
         list(batches)
+
+
+def test_a_worker_that_takes_too_long_is_an_error_of_the_data() -> None:
+    class Slow(Broken):
+        def __getitem__(self, index: int) -> Any:
+            time.sleep(1)
+
+    with pytest.raises(DataError, match=r"The workers of the loader stopped: DataLoader timed out after 0\.2 seconds"):
+        list(make(Slow(""), num_workers=1, timeout=0.2))
