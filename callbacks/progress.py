@@ -210,8 +210,22 @@ def _make_bar(file: IO[str] | None, **options: Any) -> Any:
     class Bar(tqdm):
         monitor_interval = 0
 
+    screen = file or sys.stderr
+    options |= {"ncols": 80, "nrows": 24} if _has_no_width(screen) else {"dynamic_ncols": True}
+    if options.get("total"):  # a short bar: on 80 columns the values are worth more than a long one
+        options["bar_format"] = (
+            "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        )
     colour = None if os.environ.get("NO_COLOR") else "green"
-    return Bar(file=file or sys.stderr, colour=colour, dynamic_ncols=True, mininterval=0, miniters=_NEVER, **options)
+    return Bar(file=screen, colour=colour, mininterval=0, miniters=_NEVER, **options)
+
+
+def _has_no_width(file: IO[str]) -> bool:
+    """A terminal that says it has 0 columns (`docker run -t`, `script`): tqdm would draw nothing at all."""
+    try:
+        return os.get_terminal_size(file.fileno()).columns == 0
+    except (OSError, ValueError):
+        return False
 
 
 def _stride(batches: int, seconds: float) -> int:
@@ -257,7 +271,8 @@ def _speed(before: tuple[float, int, int], now: tuple[float, int, int]) -> list[
     if seconds <= 0:
         return []
     samples, steps = now[2] - before[2], now[1] - before[1]
-    return [f"{samples / seconds:.4g} samples/s"] if samples else [f"{steps / seconds:.3g} steps/s"]
+    rate, unit = (samples / seconds, "samples/s") if samples else (steps / seconds, "steps/s")
+    return [f"{rate:.0f} {unit}" if rate >= 100 else f"{rate:.3g} {unit}"]
 
 
 def _clock(seconds: float) -> str:

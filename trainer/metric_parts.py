@@ -138,8 +138,11 @@ def add(entry: Entry, part: Part, value: Any, weight: Any) -> None:
 def weighted(entry: Entry, value: Tensor | float, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return value * weight, and the weight, in float64 on the device of the accumulators."""
     if isinstance(value, Tensor) and weight.device != value.device:
-        # Towards the accelerator: the other way would wait for it.
-        weight, value = (weight.to(value.device), value) if weight.device.type == "cpu" else (weight, value.to(weight.device))
+        # Towards the accelerator, without waiting for it; the other way would have to.
+        if weight.device.type == "cpu":
+            weight = weight.to(value.device, non_blocking=True)
+        else:
+            value = value.to(weight.device, non_blocking=True)
     weight = weight.to(wide(weight.device))
     if not (entry.placed and entry.epoch.tensor.device == weight.device):
         entry.place(weight.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import threading
 import time
@@ -45,7 +46,7 @@ def test_a_pipe_gets_one_plain_line_for_each_log_point(view: Any, monkeypatch: p
     assert out.getvalue().splitlines() == [
         "step 10/500  epoch 1  loss 2.312  lr 3.0e-04  40 samples/s  ETA 1:38",
         "step 20/500  epoch 1  loss 2.312  lr 3.0e-04  40 samples/s  ETA 1:36",
-        "trained 25 steps in 1:00:04  0.05549 samples/s  loss 2.312",
+        "trained 25 steps in 1:00:04  0.0555 samples/s  loss 2.312",
     ]
 
 
@@ -183,6 +184,22 @@ def test_other_ranks_show_nothing(view: Any) -> None:
         view.validate(callback, {"val_loss": 1.5})
         callback.on_train_end(view, view.module)
         assert file.getvalue() == ""
+
+
+def test_a_terminal_without_a_width_still_gets_a_bar(view: Any) -> None:
+    """`docker run -t` and `script` make terminals of 0 columns, on which tqdm draws nothing by itself."""
+    reader, writer = os.openpty()
+    os.set_blocking(reader, False)
+    view.max_steps = 10
+    with os.fdopen(writer, "w") as screen:
+        callback = ProgressBar(file=screen, bar=True)
+        callback.on_train_start(view, view.module)
+        view.train(callback, steps=3)
+        callback.on_train_end(view, view.module)
+        text = os.read(reader, 10_000).decode()
+    os.close(reader)
+    assert "3/10" in text
+    assert "trained 3 steps" in text
 
 
 def test_no_thread_is_started_for_the_bar(view: Any) -> None:
