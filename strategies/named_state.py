@@ -208,8 +208,8 @@ def _name_of(parameter: Tensor, names: Mapping[int, str], optimizer: str) -> str
     name = names.get(id(parameter))
     if name is None:
         raise ConfigError(
-            f"Optimizer {optimizer!r} holds a parameter of shape {tuple(parameter.shape)} that belongs to no prepared model, so its "
-            "state has no name to be saved under. Prepare the module that owns it as well."
+            f"Optimizer {optimizer!r} holds a parameter of shape {tuple(parameter.shape)} that belongs to no prepared model, so "
+            "its state has no name to be saved under. Prepare the module that owns it as well."
         )
     return name
 

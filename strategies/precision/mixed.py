@@ -116,7 +116,11 @@ class FP16Mixed(_Mixed):
         self._skips: dict[int, int] = {}  # by optimizer: how many steps in a row were skipped
 
     def available(self, device: torch.device) -> str | None:
-        """Works on CPU (slowly: few CPUs compute in float16) and on every accelerator that autocasts to float16."""
+        """Works on CPU and on every accelerator that autocasts to float16.
+
+        Tried on a CPU under torch 2.13: linear, convolutions, norms, attention, GRU and all common losses; matmuls were 15 times
+        slower than in fp32, and nn.LSTM fails there with torch's own error (oneDNN has no fp16 LSTM).
+        """
         return _autocast_reason(self.name, device, torch.float16, "bf16-mixed")
 
     @property

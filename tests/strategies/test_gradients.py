@@ -114,3 +114,19 @@ def calls(number: int) -> int:
 
 def test_calls_do_not_grow_with_the_number_of_gradients() -> None:
     assert calls(100) == calls(2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_is_found_in_any_dtype(bad: float) -> None:
+    for dtypes in ([torch.float32] * 3, [torch.bfloat16] * 3, [torch.float32, torch.float16, torch.float64]):
+        held = parameters(dtypes)
+        assert gradients.all_finite(gradients.gradients(held))
+        assert held[1].grad is not None
+        held[1].grad[2, 1] = bad
+        assert not gradients.all_finite(gradients.gradients(held))
+    assert gradients.all_finite([])
+
+
+def test_values_that_are_finite_and_huge_are_finite() -> None:
+    """A norm, or a sum, of them would be Inf."""
+    assert gradients.all_finite([torch.full((4,), torch.finfo(torch.float32).max), torch.full((4,), 60000.0).half()])
