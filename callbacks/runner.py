@@ -40,6 +40,9 @@ _NOT_THE_MODULES = (
 )
 
 
+_EXAMPLE = "callbacks=[EarlyStopping(monitor='val_loss')]"
+
+
 class HookRunner:
     """One tuple of callables for every hook name, as attributes."""
 
@@ -115,10 +118,12 @@ def check_callbacks(callbacks: Any) -> list[Callback]:
         callbacks = [callbacks]
     if callbacks is None:
         return []
+    if isinstance(callbacks, str) or not isinstance(callbacks, Iterable):
+        raise ConfigError(f"callbacks is {callbacks!r:.60}, expected a Callback object or a list of them. Make one: {_EXAMPLE}.")
     listed = list(callbacks)
     for i, callback in enumerate(listed):
         if not isinstance(callback, Callback):
-            hint = " Pass an object, not the class." if isinstance(callback, type) else ""
+            hint = " Pass an object, not the class." if isinstance(callback, type) else f" Make one: {_EXAMPLE}."
             raise ConfigError(f"callbacks[{i}] is {callback!r:.60}, expected a Callback object.{hint}")
         find_misspelt(callback, Callback, [*CALLBACK_HOOKS, "state_dict", "load_state_dict"])
     return listed
@@ -133,6 +138,7 @@ def check_state_keys(callbacks: Sequence[Callback]) -> None:
         key = callback.state_key
         if key in seen:
             raise ConfigError(
-                f"Two callbacks save their state under the key {key!r}: {seen[key]!r} and {callback!r}. Override state_key of one."
+                f"Two callbacks save their state under the key {key!r}: {seen[key]!r} and {callback!r}. "
+                "Override state_key of one."
             )
         seen[key] = callback

@@ -108,6 +108,12 @@ class Strategy:
     def prepare_model(self, name: str, model: nn.Module) -> nn.Module:
         """Convert `model` to the precision and move it to the device, in place."""
         assert self.precision is not None
+        if meta := [key for key, tensor in model.named_parameters() if tensor.is_meta]:
+            more = f", and {len(meta) - 1} more are" if meta[1:] else ""
+            raise ConfigError(
+                f"{meta[0]} of model {name!r} is on the meta device, where it has no values{more}. "
+                "Load or initialise them before the model is prepared (model.to_empty(device=...))."
+            )
         if self.inference:
             model.requires_grad_(False)
             model.eval()

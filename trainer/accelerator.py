@@ -13,7 +13,8 @@
 
 The names are those of Hugging Face Accelerate 1.x. `Trainer` is written with this class and nothing below it.
 What it does lies in files beside it: `stepping` (a step), `accumulation` (its window), `optimizers`,
-`process_control`, `gathering`, `saving` (save_state and load_state), `trackers`, `data/` (loaders). No state of ours is global: several may live side by side.
+`process_control`, `gathering`, `saving` (save_state and load_state), `trackers`, `data/` (loaders).
+No state of ours is global: several may live side by side.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from . import config as configuration
 from .accumulation import Window
 from .data.config import DataLoaderConfiguration
 from .gathering import Gathering
+from .launch.report import install_excepthook
 from .optimizers import PreparedOptimizer, PreparedScheduler, check_strays, owners
 from .process_control import ProcessControl
 from .saving import Saving
@@ -81,6 +83,7 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         world: World | None = None,
         **peers: Any,
     ) -> None:
+        install_excepthook()  # in a script, wrong use is told in a paragraph, with its exit code
         given = configuration.resolve_peers(type(self), "Accelerator", peers)
         precision = given.get("precision", precision)
         device = given.get("device", device)

@@ -51,11 +51,20 @@ def check(given: dict[str, Any]) -> dict[str, Any]:
     check_choice("gradient_clip_algorithm", options["gradient_clip_algorithm"], ("norm", "value"))
     check_choice("nonfinite", options["nonfinite"], ("raise", "skip", "ignore"))
     clip = options["gradient_clip_val"]
-    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or clip <= 0):
-        raise ConfigError(f"gradient_clip_val must be a number above 0, or None for no clipping, got {clip!r}.")
-    if options["num_sanity_val_steps"] is not None and options["num_sanity_val_steps"] < -1:
+    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0):
         raise ConfigError(
-            f"num_sanity_val_steps must be -1 (all), 0 (none) or a number of batches, got {options['num_sanity_val_steps']}."
+            f"gradient_clip_val must be a number above 0, or None for no clipping, got {clip!r}. "
+            "For example gradient_clip_val=1.0."
+        )
+    sanity, short = options["num_sanity_val_steps"], options["fast_dev_run"]
+    if sanity is not None and (isinstance(sanity, bool) or not isinstance(sanity, int) or sanity < -1):
+        raise ConfigError(
+            f"num_sanity_val_steps must be -1 (all), 0 (none) or a number of batches, got {sanity!r}. "
+            "For example num_sanity_val_steps=0 to leave the check out."
+        )
+    if not isinstance(short, int) or short < 0:
+        raise ConfigError(
+            f"fast_dev_run must be True, False or a number of batches, got {short!r}. For example fast_dev_run=3 for three."
         )
     if not isinstance(options["strategy"], str | Strategy):
         raise ConfigError(

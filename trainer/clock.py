@@ -67,4 +67,7 @@ def parse_time(value: float | str | timedelta | dict[str, float] | None) -> floa
             return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
     elif isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
         return float(value)
-    raise ConfigError(f"max_time must be seconds, a timedelta, 'DD:HH:MM:SS' or such as '90s', '10m', '2h', got {value!r}.")
+    raise ConfigError(
+        f"max_time must be seconds, a timedelta, 'DD:HH:MM:SS' or such as '90s', '10m', '2h', got {value!r}. "
+        "Write max_time='10m' for ten minutes."
+    )

@@ -70,7 +70,10 @@ def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
 def check_at_least(argument: str, value: Any, least: int) -> None:
     """Refuse a `value` that is not a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{argument} must be a whole number of at least {least}, got {value!r}.")
+        raise ConfigError(
+            f"{argument} must be a whole number of at least {least}, got {value!r}. "
+            f"Write {argument}={max(least, 1)} for example, or leave it out."
+        )
 
 
 def choose_strategy(strategy: str | Strategy, world: World, precision: Precision | None) -> tuple[Strategy, str]:

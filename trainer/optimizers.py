@@ -145,10 +145,11 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         if self.interval not in ("step", "epoch"):
             raise ConfigError(
-                f"A scheduler's interval is 'step' or 'epoch', got {self.interval!r}.{suggest(self.interval, ('step', 'epoch'))}"
+                f"A scheduler's interval is 'step' or 'epoch', got {self.interval!r}. "
+                "'step' is after every optimizer step, 'epoch' at the end of every epoch."
             )
         if self.frequency < 1:
-            raise ConfigError(f"A scheduler's frequency is at least 1, got {self.frequency}.")
+            raise ConfigError(f"A scheduler's frequency is at least 1, got {self.frequency}. Leave it out for every time.")
         if isinstance(self.scheduler, ReduceLROnPlateau) and self.monitor is None:
             raise ConfigError("ReduceLROnPlateau needs the name of a logged value: {'scheduler': s, 'monitor': 'val_loss'}.")
 
@@ -168,7 +169,7 @@ def read_optimizers(returned: Any, module: str) -> tuple[dict[str, Optimizer], l
         if not isinstance(optimizer, Optimizer):
             raise _unusable(module, optimizer)
         if any(o is optimizer for o in optimizers.values()):
-            raise ConfigError(f"{module}.configure_optimizers returned the same optimizer twice.")
+            raise ConfigError(f"{module}.configure_optimizers returned the same optimizer twice. Return each one once.")
         optimizers[name] = optimizer
 
     def add_entry(name: str, entry: Any) -> None:

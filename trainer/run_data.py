@@ -75,7 +75,10 @@ def limit_of(argument: str, limit: float | None, loader: Any) -> int | None:
     if limit is None or (isinstance(limit, float) and limit == 1.0):
         return None
     if isinstance(limit, bool) or not isinstance(limit, int | float) or limit < 0 or (isinstance(limit, float) and limit > 1.0):
-        raise ConfigError(f"{argument} must be a number of batches (int) or a fraction from 0.0 to 1.0 (float), got {limit!r}.")
+        raise ConfigError(
+            f"{argument} must be a number of batches (int) or a fraction from 0.0 to 1.0 (float), got {limit!r}. "
+            f"Write {argument}=10 for ten batches, 0.1 for a tenth."
+        )
     if isinstance(limit, int):
         return limit
     try:
@@ -149,7 +152,8 @@ def steps_between_validations(interval: float | None, batches: int | None, windo
         or (isinstance(interval, float) and interval > 1)
     ):
         raise ConfigError(
-            f"val_check_interval must be a number of optimizer steps (int) or a part of the epoch (float), got {interval!r}."
+            f"val_check_interval must be a number of optimizer steps (int) or a part of the epoch (float), got {interval!r}. "
+            "Write 100 for every hundred steps, 0.5 for twice an epoch, or leave it out."
         )
     if isinstance(interval, int):
         return interval

@@ -51,7 +51,7 @@ def open_run(root: Path, name: str | None, resume: str | Path | None, world: Wor
     """
     name = name or "default"
     if any(c in name for c in "\n\0") or name in (".", "..") or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ConfigError(f"A run's name is a plain folder name, got {name!r}.")
+        raise ConfigError(f"A run's name is a plain folder name, got {name!r}. Say where it lies with root=, as in root='runs'.")
     found: dict[str, Any] | None = None
     if world.is_main:
         try:

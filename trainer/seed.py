@@ -21,7 +21,9 @@ def seed_everything(seed: int) -> None:
         ConfigError: `seed` is not a whole number from 0 to 2**32 - 1, numpy's range.
     """
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= _LARGEST:
-        raise ConfigError(f"seed must be a whole number from 0 to {_LARGEST}, got {seed!r}.")
+        raise ConfigError(
+            f"seed must be a whole number from 0 to {_LARGEST}, got {seed!r}. Write seed=1 for example, or leave it out."
+        )
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)
@@ -40,7 +42,10 @@ def set_deterministic(deterministic: bool | str) -> None:
     Source: torch.use_deterministic_algorithms.
     """
     if deterministic not in (True, False, "warn"):
-        raise ConfigError(f"deterministic must be True, False or 'warn', got {deterministic!r}.")
+        raise ConfigError(
+            f"deterministic must be True, False or 'warn', got {deterministic!r}. "
+            "'warn' goes on where torch has no such algorithm."
+        )
     if deterministic:
         torch.use_deterministic_algorithms(True, warn_only=deterministic == "warn")
         torch.backends.cudnn.benchmark = False

@@ -107,7 +107,7 @@ class Stepping:
                 output = step(*args)
         if isinstance(output, Tensor):
             self.backward(output)
-        elif isinstance(output, Mapping) and "loss" in output:
+        elif isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
             self.backward(output["loss"], num_items=output.get("num_items"))
         elif output is not None or self.world.size > 1:
             raise _unusable(step, output, self.world)
@@ -119,10 +119,13 @@ class Stepping:
         Args:
             loss: 0-d: a mean over the micro-batch; or, with `num_items`, a sum over that many items (tokens, say).
         """
-        if loss.dim() or loss.grad_fn is None:
-            loss = _checked_loss(loss)
-        if self._reads_loss and not math.isfinite(loss.item()):
-            loss = self._loss_not_finite(loss)
+        try:
+            if loss.dim() or loss.grad_fn is None:
+                loss = _checked_loss(loss)
+            if self._reads_loss and not math.isfinite(loss.item()):
+                loss = self._loss_not_finite(loss)
+        except (AttributeError, TypeError):
+            raise _no_loss(loss) from None
         window = self.window
         if not window.index:  # outside of `accumulate`
             stepped = any(o.window == window.number for o in self.optimizers.values())
@@ -146,10 +149,13 @@ class Stepping:
 
     def manual_backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Run the backward pass of `loss` from inside a step that optimises manually; gradients of all ranks are averaged."""
-        if loss.dim() or loss.grad_fn is None:
-            loss = _checked_loss(loss)
-        if self._reads_loss and not math.isfinite(loss.item()):
-            loss = self._loss_not_finite(loss)
+        try:
+            if loss.dim() or loss.grad_fn is None:
+                loss = _checked_loss(loss)
+            if self._reads_loss and not math.isfinite(loss.item()):
+                loss = self._loss_not_finite(loss)
+        except (AttributeError, TypeError):
+            raise _no_loss(loss) from None
         loader, ranks = self.active_loader, self.window.ranks
         if loader is not None and loader.num_samples * ranks != loader.global_samples:  # a ragged tail: ranks hold unequal parts
             loss = loss * (loader.num_samples * ranks / loader.global_samples)
@@ -292,7 +298,7 @@ class Stepping:
         return strategy, held
 
     def settle_gradients(self, optimizer: PreparedOptimizer) -> None:
-        """Bring the gradients of `optimizer` into the unit of the loss, once a window: what `step` and the clipping do by themselves.
+        """Bring the gradients of `optimizer` into the unit of the loss, once a window: `step` and the clipping do it too.
 
         Until then they may lack a factor: fp16's scale, that of a window cut short, the count of `num_items`.
         """
@@ -359,6 +365,15 @@ def _checked_loss(loss: Tensor) -> Tensor:
     return loss
 
 
+def _no_loss(loss: Any) -> DataError:
+    if isinstance(loss, Tensor):
+        return DataError(f"The loss must be a real scalar tensor, got {loss.dtype}. Did you mean loss.abs() or loss.real?")
+    return DataError(
+        f"The loss must be a scalar tensor with a gradient, got {type(loss).__name__} {loss!r:.60}. Compute it with torch's "
+        "functions from what the model returned."
+    )
+
+
 def _unusable(step: Callable[..., Any], output: Any, world: World) -> DataError:
     name = getattr(step, "__name__", "training_step")
     if output is None:
@@ -366,8 +381,9 @@ def _unusable(step: Callable[..., Any], output: Any, world: World) -> DataError:
             f"{name} returned None on rank {world.rank}. On {world.size} processes every rank must take part in every step. "
             "Return a loss of weight 0, such as {'loss': total * 0, 'num_items': 0}."
         )
+    loss_kind = f" whose loss is {type(output['loss']).__name__}" if isinstance(output, Mapping) and "loss" in output else ""
     found = (
-        f"a dict with the keys {sorted(map(str, output))}"
+        f"a dict with the keys {sorted(map(str, output))}{loss_kind}"
         if isinstance(output, Mapping)
         else f"{type(output).__name__} {output!r:.60}"
     )

@@ -21,6 +21,7 @@ from . import arguments
 from . import config as configuration
 from .clock import Clock, parse_time
 from .data.config import DataLoaderConfiguration
+from .launch.report import install_excepthook
 from .loops.progress import Progress
 from .runtime import Runtime
 from .seed import seed_everything, set_deterministic
@@ -94,6 +95,7 @@ class Trainer(Runtime):
         resume: str | Path | None = None,
         **peers: Any,
     ) -> None:
+        install_excepthook()  # in a script, wrong use is told in a paragraph, with its exit code
         given = {k: v for k, v in locals().items() if k not in ("self", "peers", "__class__")}
         given |= configuration.resolve_peers(type(self), "Trainer", peers)
         options = arguments.check(given)
