@@ -137,8 +137,8 @@ class Metrics:
             # changes anything, so nothing was counted yet.
             self._log_other(entry, value, weight)
 
-    def log_dict(self, values: Mapping[str, Any], **options: Any) -> None:
-        """Log each item of a dict, or of a collection of torchmetrics, with the same options."""
+    def log_dict(self, values: Any, **options: Any) -> None:
+        """Log each item of a mapping, or of a collection of torchmetrics, with the same options."""
         for name, value in values.items():
             self.log(name, value, **options)
 

@@ -290,7 +290,8 @@ def test_options_that_make_no_sense_are_refused() -> None:
     for reduce in ("sum", "max", "min"):
         with pytest.raises(ConfigError, match="only a mean has weights"):
             metrics.log(f"x{reduce}", 1.0, on_step=True, on_epoch=False, reduce=reduce, weight=2)
-    for weight in (-1, math.nan, math.inf, "2", torch.ones(2)):
+    wrong: list[Any] = [-1, math.nan, math.inf, "2", torch.ones(2)]
+    for weight in wrong:
         with pytest.raises(DataError, match="'y'"):
             metrics.log("y", 1.0, on_step=True, on_epoch=False, weight=weight)
 
@@ -400,7 +401,7 @@ def test_ranks_with_uneven_weights_report_what_one_process_would(on_ranks: Any, 
 
 
 def test_a_flush_is_one_collective_for_any_names_in_any_order(on_ranks: Any) -> None:
-    def one_rank(world: World) -> Any:
+    def one_rank(world: Any) -> Any:
         metrics = Metrics(world, stage="train")
         seen: list[str] = []
         plain, agree = world.all_reduce, world.gather_json
