@@ -61,7 +61,7 @@ def ensure_ranks(devices: int | None, num_nodes: int = 1) -> None:
     if reason:
         raise ConfigError(
             f"devices={devices} starts {devices} processes by running the script again, and this is {reason}. Put the training "
-            f"into a function and call `from drivetrain.trainer.launch import launch; launch(function, devices={devices})`, or "
+            f"into a function and call `from drivetrain import launch; launch(function, devices={devices})`, or "
             f"put it into a file and run `drivetrain run -n {devices} file.py`."
         )
     line = command_line()
