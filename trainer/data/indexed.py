@@ -16,7 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 from ...strategies.errors import ConfigError
 from .config import DataLoaderConfiguration
 from .randomness import mix
-from .reading import Reading, TensorReading, WorkerLoader, stop_workers
+from .reading import Reading, TensorReading, WorkerLoader, signals_held_back, stop_workers
 from .sharding import Batches, Order, Replayed, Request, Sequential, Shuffled, Uniform
 
 __all__ = ["Indexed", "Pass", "batch_per_rank", "indexed"]
@@ -106,7 +106,8 @@ class Indexed:
         # torch draws the workers' base seed from this generator: otherwise it would come out of the training's.
         assert self._workers.generator is not None
         self._workers.generator.manual_seed(mix(mix(key, start), self.sharding.index))
-        return iter(self._workers)
+        with signals_held_back():
+            return iter(self._workers)
 
     def end(self, batches: Iterator[Any], *, failed: bool) -> None:
         """End a pass: workers that need not persist stop, after an error those that would persist as well."""

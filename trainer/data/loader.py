@@ -368,8 +368,8 @@ def skip_first_batches(loader: Loader, num_batches: int) -> Loader:
 
 def _worker_died(error: RuntimeError) -> DataError:
     return DataError(
-        f"The workers of the loader stopped: {error}. Expected them to live as long as the epoch. A killed one usually means that "
-        "memory (or /dev/shm) ran out: use fewer workers or a smaller prefetch_factor; num_workers=0 shows an error of the data set."
+        f"The workers of the loader stopped: {error}. Expected them to live as long as the epoch. Of a killed one, memory (or "
+        "/dev/shm) usually ran out: use fewer workers or a smaller prefetch_factor. num_workers=0 shows errors of the data set."
     )
 
 

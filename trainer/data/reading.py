@@ -9,6 +9,7 @@ All give the same samples in the same order as a plain DataLoader with that samp
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -25,7 +26,7 @@ from ...strategies.errors import DataError
 from .randomness import Generator, generators, restore, seed_of
 from .sharding import Request
 
-__all__ = ["Failure", "Reading", "TensorReading", "WorkerLoader", "stop_workers"]
+__all__ = ["Failure", "Reading", "TensorReading", "WorkerLoader", "WorkerStart", "signals_held_back", "stop_workers"]
 
 _PROBES = 4  # batches that are read with every generator seeded, to learn which the data set uses
 _SHOWN = 8  # indices in an error
@@ -328,7 +329,7 @@ class WorkerLoader(DataLoader[Any]):
             # torch warns at every pass when there is nothing to pin for; the user's own loader has said so.
             pin_memory=loader.pin_memory and torch.accelerator.is_available(),
             timeout=loader.timeout,
-            worker_init_fn=_WorkerStart(loader.worker_init_fn) if loader.num_workers else None,
+            worker_init_fn=WorkerStart(loader.worker_init_fn) if loader.num_workers else None,
             multiprocessing_context=loader.multiprocessing_context,
             generator=torch.Generator(),
             prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
@@ -362,13 +363,14 @@ def _as_it_is(batch: Any) -> Any:
 
 def _leave_signals_to_the_trainer() -> None:
     """Ctrl-C, and what a job system sends to the whole process group, are for the trainer, who still needs its workers."""
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    ignored = [getattr(signal, name) for name in ("SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         # SIGTERM cannot just be ignored: at its exit Python sends it to the workers that are left, and waits for them.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_obey_the_parent_only, name="sigterm", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
 
 
 def _obey_the_parent_only() -> None:
@@ -377,7 +379,20 @@ def _obey_the_parent_only() -> None:
     os._exit(0)
 
 
-class _WorkerStart:
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Start workers inside: signals wait until they know what to ignore, and the trainer gets its own a moment later."""
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class WorkerStart:
     """Runs first in each worker, before the user's worker_init_fn."""
 
     def __init__(self, then: Callable[[int], None] | None) -> None:

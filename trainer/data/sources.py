@@ -18,6 +18,7 @@ from .config import DataLoaderConfiguration
 from .dispatch import Dispatch
 from .indexed import Indexed, batch_per_rank, indexed
 from .randomness import mix
+from .reading import WorkerStart
 from .stream import Group, Micro, Stream, alone, beside, groups
 
 if TYPE_CHECKING:
@@ -144,8 +145,8 @@ def _iterable(
             _stream(loader, **make), _alone, seed=seed, ranks=1, per_rank=False, batch_samples=together, length=_length(loader)
         )
     if config.dispatch_batches is None and not config.split_batches and _can_shard(loader.dataset, ranks):
-        own = _rebuilt(loader, loader.dataset.shard(ranks, index))  # pyright: ignore[reportAttributeAccessIssue]
-        mine = _stream(own, config=config, seed=mix(seed, index), batch_size=size)
+        own = loader.dataset.shard(ranks, index)  # pyright: ignore[reportAttributeAccessIssue]
+        mine = _stream(loader, own, config=config, seed=mix(seed, index), batch_size=size)
         return _beside(mine, world, shard, config, seed, together)
     if config.split_batches and size is not None:
         batch_per_rank(size, ranks, config)
@@ -224,9 +225,12 @@ def _members(world: World | None, shard: tuple[int, int], what: str) -> World:
     return world
 
 
-def _stream(loader: DataLoader[Any], *, config: DataLoaderConfiguration, seed: int, batch_size: int | None) -> Stream:
-    if config.use_stateful_dataloader and not _has_state(loader):
-        loader = _rebuilt(loader, loader.dataset, stateful=True)
+def _stream(
+    loader: DataLoader[Any], dataset: Any = None, *, config: DataLoaderConfiguration, seed: int, batch_size: int | None
+) -> Stream:
+    """Read `loader`, over another `dataset` if one is given (a shard of its own)."""
+    if dataset is not None or loader.num_workers or (config.use_stateful_dataloader and not _has_state(loader)):
+        loader = _rebuilt(loader, loader.dataset if dataset is None else dataset, stateful=config.use_stateful_dataloader)
     stateful: Any = None
     if _has_state(loader):
         stateful = loader
@@ -237,7 +241,7 @@ def _stream(loader: DataLoader[Any], *, config: DataLoaderConfiguration, seed: i
 
 
 def _rebuilt(loader: DataLoader[Any], dataset: Any, *, stateful: bool = False) -> DataLoader[Any]:
-    """The same loader over another data set (a shard of its own), or as a StatefulDataLoader."""
+    """The same loader over `dataset`, as a StatefulDataLoader if asked for; its workers know what to do about signals."""
     workers = loader.num_workers
     arguments = {
         "dataset": dataset,
@@ -247,7 +251,7 @@ def _rebuilt(loader: DataLoader[Any], dataset: Any, *, stateful: bool = False) -
         "collate_fn": loader.collate_fn,
         "pin_memory": loader.pin_memory,
         "timeout": loader.timeout,
-        "worker_init_fn": loader.worker_init_fn,
+        "worker_init_fn": WorkerStart(loader.worker_init_fn) if workers else None,
         "multiprocessing_context": loader.multiprocessing_context,
         "generator": loader.generator,
         "prefetch_factor": loader.prefetch_factor if workers else None,

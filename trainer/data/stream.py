@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...strategies.errors import CheckpointError, DataError
 from .randomness import isolated, mix, seeded
-from .reading import stop_workers
+from .reading import signals_held_back, stop_workers
 from .sharding import parts
 from .state import from_json, to_json
 
@@ -106,7 +106,8 @@ class Stream:
             if callable(set_epoch):
                 set_epoch(epoch)
         # The workers' seeds come from the loader's generator, if it has one, and must be those of this epoch.
-        with self._isolated(), seeded(self._generator, mix(self._generator_seed, epoch)):
+        held_back = signals_held_back() if self.in_workers else contextlib.nullcontext()
+        with held_back, self._isolated(), seeded(self._generator, mix(self._generator_seed, epoch)):
             self._iterator = self._new_iterator()
         while (batches is not None and self.batches < batches) or (samples is not None and self.samples < samples):
             if self.read() is _END:

@@ -21,11 +21,13 @@ from torch.utils.data import (
     ConcatDataset,
     DataLoader,
     Dataset,
+    IterableDataset,
     StackDataset,
     Subset,
     TensorDataset,
     WeightedRandomSampler,
     default_collate,
+    get_worker_info,
 )
 
 N = 13
@@ -286,10 +288,18 @@ def test_workers_can_be_spawned() -> None:
 # -- signals ----------------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="waits for a platform that says who sent a signal")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
-def test_signals_to_the_whole_process_group_do_not_end_the_workers(name: str) -> None:
+@pytest.mark.parametrize("iterable", [False, True])
+def test_signals_to_the_whole_process_group_do_not_end_the_workers(name: str, iterable: bool) -> None:
     """A job system that asks for a checkpoint signals every process; the trainer needs its workers until it has saved."""
-    loader = make(TensorDataset(Y), num_workers=2, batch=1)
-    batches = iter(loader)
+
+    class Stream(IterableDataset[int]):
+        def __iter__(self) -> Any:
+            info = get_worker_info()
+            assert info is not None
+            return iter(range(info.id, N, 2))
+
+    streamed = DataLoader(Stream(), num_workers=2, multiprocessing_context="fork")
+    batches = iter(prepare_loader(streamed) if iterable else make(TensorDataset(Y), num_workers=2, batch=1))
     next(batches)
     for worker in multiprocessing.active_children():
         subprocess.run(["kill", f"-{name.removeprefix('SIG')}", str(worker.pid)], check=True)
