@@ -70,8 +70,8 @@ class Strategy:
         """Refuse a world that this strategy cannot use."""
         if world.size > 1 and not self.inference:
             raise ConfigError(
-                f"strategy='single' was asked for on {world.size} processes, which would train {world.size} models that do not know "
-                "of each other. Use strategy='ddp' (or 'auto'), or start one process."
+                f"strategy='single' was asked for on {world.size} processes, which would train {world.size} models that do not "
+                "know of each other. Use strategy='ddp' (or 'auto'), or start one process."
             )
 
     def stop(self) -> None:
@@ -224,7 +224,8 @@ def make_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
         return strategy
     if not isinstance(strategy, str):
         raise ConfigError(
-            f"strategy must be a name or a Strategy object, got {strategy!r}. For example strategy='ddp' or strategy=DDPStrategy()."
+            f"strategy must be a name or a Strategy object, got {strategy!r}. "
+            "For example strategy='ddp' or strategy=DDPStrategy()."
         )
     return find("strategies", "strategy", STRATEGIES, STRATEGY_ALIASES, strategy)(**options)
 
