@@ -123,6 +123,9 @@ class Outcome:
 def run_ranks(n: int, fn: Callable[..., T], *args: Any, timeout: float = 60, **kwargs: Any) -> list[T]:
     """The body of the fixture `ranks`."""
     __tracebackhide__ = True
+    # The first optimizer of a process imports torch._dynamo, in two to three seconds: once here, not in every rank of every test.
+    import torch._dynamo  # noqa: F401
+
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
     port = free_port()
     sys.stdout.flush()
