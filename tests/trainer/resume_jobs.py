@@ -362,6 +362,11 @@ class Started:
         """Return how many micro-batches rank 0 has begun."""
         return sum(lines for _, rank, lines in self._ledgers() if rank == 0)
 
+    def last_batch(self) -> int:
+        """Return the number of the last micro-batch that any rank has begun, -1 before the first."""
+        texts = [path.read_text() for path in self.root.glob("ledger-*.jsonl") if path.name not in self.before]
+        return max((json.loads(line)[0] for text in texts for line in text.splitlines(True) if line.endswith("\n")), default=-1)
+
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         """Wait until `condition()`, or the end of the process."""
         deadline = time.monotonic() + timeout_s
