@@ -39,7 +39,7 @@ class Window:
     """The open window. Plain attributes; `begin` is called once a micro-batch.
 
     Attributes:
-        size: micro-batches of a full window.
+        size: micro-batches of a full window; `wanted`, of the next one.
         number: counts windows; a step belongs to the window of its number.
         index: which micro-batch of the window is open, from 1.
         sync: whether the open micro-batch is the window's last, the one that ends with an optimizer step.
@@ -58,6 +58,7 @@ class Window:
         "_items",
         "_remaining",
         "_settled",
+        "_summed",
         "backwards",
         "index",
         "kind",
@@ -68,6 +69,7 @@ class Window:
         "size",
         "sync",
         "uneven",
+        "wanted",
     )
 
     def __init__(self, size: int = 1, ranks: int = 1) -> None:
@@ -80,7 +82,8 @@ class Window:
         self.samples: int | None = None  # this rank's real samples in the open micro-batch, where known
         self._divisor = 0.0  # P; 0 until the first sum
         self._open()
-        self.resize(size)
+        self.size = self.wanted = size
+        self._inverse = 1.0 / size
 
     def _open(self) -> None:
         """Forget the window before. `begin` does the same in line."""
@@ -92,11 +95,13 @@ class Window:
         self._remaining: int | None = None  # the window's samples where they are known ahead and it is cut short
         self._factor: Tensor | float | None = None
         self._settled = False
+        self._summed = 0  # the micro-batch of the last sum, from 1
 
     def resize(self, size: int) -> None:
         """Set the micro-batches of a full window; takes effect with the next window."""
-        self.size = size
-        self._inverse = 1.0 / size
+        self.wanted = size
+        if self.sync:
+            self.size, self._inverse = size, 1.0 / size
 
     def begin(self, loader: Loader | None, *, ends_with_data: bool = True) -> None:
         """Open the next micro-batch, the one that `loader` has just handed out (None: not one of ours)."""
@@ -104,7 +109,9 @@ class Window:
             self.number += 1
             self.index = 1
             self.backwards = self.kind = self._held = self._expected = 0
-            self._items, self._remaining, self._settled, self.uneven = 0, None, False, False
+            self._items, self._remaining, self._settled, self.uneven, self._summed = 0, None, False, False, 0
+            if self.wanted != self.size:
+                self.size, self._inverse = self.wanted, 1.0 / self.wanted
             if loader is not None and loader.batch_samples is not None:
                 self._expected = self.size * loader.batch_samples
                 if loader.remaining is not None and loader.remaining < self._expected and ends_with_data:
@@ -158,11 +165,16 @@ class Window:
         """Return `loss`, a sum over `num_items` items, divided by the power of two that the window uses.
 
         Raises:
-            DataError: the window already holds a loss that is a mean.
+            DataError: the window already holds a loss that is a mean, or the micro-batch another sum.
         """
         if self.kind == MEAN:
             raise mixed_window()
-        self.kind, self.uneven = SUM, True
+        if self.index and self._summed == self.index:
+            raise DataError(
+                "One micro-batch gave two losses with num_items, and their counts cannot be told apart. Add them up to one loss "
+                "before backward, or give each its mean, without num_items."
+            )
+        self.kind, self.uneven, self._summed = SUM, True, self.index
         if not self._divisor:
             self._divisor = _power_of_two(num_items, world)
         if self.samples == 0:  # a rank that only got padding: its items count for nothing

@@ -66,7 +66,7 @@ class Stepping:
     # -- one micro-batch ----------------------------------------------------------------------------------------------
     @property
     def gradient_accumulation_steps(self) -> int:
-        return self.window.size
+        return self.window.wanted
 
     @gradient_accumulation_steps.setter
     def gradient_accumulation_steps(self, steps: int) -> None:
