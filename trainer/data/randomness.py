@@ -50,6 +50,10 @@ def seed_of(key: int, index: Any, position: int | None) -> int:
     return seed if position is None else mix(seed, position)
 
 
+_differ = ctypes.CDLL(None).memcmp if sys.platform != "win32" else ctypes.cdll.msvcrt.memcmp
+_differ.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
 class Generator(Protocol):
     """One of the process' global generators. `mark` is cheap; with it `moved` tells of draws, and `put_back` undoes them."""
 
@@ -185,7 +189,9 @@ class Torch:
         self.put_back: Callable[[Any], Any] = self._generator.set_state
 
     def moved(self, mark: Any) -> bool:
-        return not self._generator.get_state().equal(mark)
+        # Tensor.equal takes 2.4 us for these 5 kB, this 0.4.
+        state = self._generator.get_state()
+        return _differ(state.data_ptr(), mark.data_ptr(), len(state)) != 0
 
 
 def generators() -> list[Generator]:

@@ -231,8 +231,11 @@ class Uniform:
         whole = plan.start + (plan.stop - plan.start) // together * together
         first = plan.start + self.index * size
         if isinstance(indices, Tensor):
-            for at in range(first, whole, together):
-                yield key, at, indices[at : at + size].tolist()
+            # A list is sliced ten times as fast as a tensor; a few batches at a time, so that it never holds the whole epoch.
+            for block in range(first, whole, together * _CHUNK):
+                listed = indices[block : min(block + together * _CHUNK, whole)].tolist()
+                for at in range(0, min(together * _CHUNK, whole - block), together):
+                    yield key, block + at, listed[at : at + size]
         else:
             for at in range(first, whole, together):
                 yield key, at, indices[at : at + size]
