@@ -6,7 +6,8 @@
     python tests/benchmarks/overhead.py --fetching       our batched fetching against a plain DataLoader loop
     ... --json FILE --frameworks "accelerate;Fabric"
 
-calls   Python and C function calls per optimizer step (sys.setprofile), above the raw loop with the same DataLoader.
+calls   Python and C function calls per optimizer step (sys.setprofile), above the raw loop with the same DataLoader, over a
+        data set that is read row by row (over a TensorDataset ours are negative: its rows are fetched in batches).
 time    one step of the raw loop runs inside every forward of the framework: the two alternate step by step in one process, so
         whatever the machine does to one it does to the other. Ratio = median of (step / mean of its two raw neighbours), divided
         by the same figure of raw against raw (the control, whose own ratio is printed); the interval is a bootstrap's 95 %.
@@ -131,17 +132,18 @@ def call_table(names: list[str]) -> dict[str, dict[str, float]]:
     return found
 
 
-def time_table(names: list[str], *, steps: int, rounds: int) -> dict[str, dict[str, float]]:
+def time_table(names: list[str], *, steps: int, rounds: int, batched: bool) -> dict[str, dict[str, float]]:
     """Print and return the paired CPU time of each framework, with its interval; the control first."""
-    controls = [statistics.median(paired("raw", steps=steps)) for _ in range(rounds)]
+    controls = [statistics.median(paired("raw", steps=steps, batched=batched)) for _ in range(rounds)]
     control = statistics.median(controls)
-    print(f"CPU time of a step, of the raw loop's (control: raw against raw {control:.3f})")
+    data = "a TensorDataset" if batched else "a data set that is read row by row"
+    print(f"CPU time of a step over {data}, of the raw loop's (control: raw against raw {control:.3f})")
     found: dict[str, dict[str, float]] = {"control": {"ratio": control}}
     for name in names:
         for logs in (0, 1):
             if logs and name in ("raw", "drivetrain Accelerator", "Fabric", "accelerate", "HF Trainer"):
                 continue  # their way to log is the user's own code
-            values = [v for _ in range(rounds) for v in paired(name, steps=steps, logs=logs)]
+            values = [v for _ in range(rounds) for v in paired(name, steps=steps, logs=logs, batched=batched)]
             ratio, low, high = interval(values, control)
             label = f"{name}{', one log' if logs else ''}"
             found[label] = {"ratio": ratio, "low": low, "high": high}
@@ -203,7 +205,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     names = [n for n in FRAMEWORKS if n not in ("raw ddp", "drivetrain loader") and (not wanted or n in wanted)]
     tables: dict[str, Callable[[], Any]] = {
         "calls": lambda: call_table([n for n in names if n != "raw"]),
-        "time": lambda: time_table(names, steps=options.steps, rounds=options.rounds),
+        "time": lambda: time_table(names, steps=options.steps, rounds=options.rounds, batched=True),
+        "time_rows": lambda: time_table(
+            [n for n in names if n == "raw" or n.startswith("drivetrain")],
+            steps=options.steps,
+            rounds=options.rounds,
+            batched=False,
+        ),
         "ddp": lambda: ddp_table(steps=options.steps),
         "fetching": lambda: fetching_table(steps=options.steps),
     }
