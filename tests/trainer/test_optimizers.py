@@ -89,7 +89,7 @@ def test_a_scheduler_counts_optimizer_steps_on_any_number_of_ranks(size: int, ra
 
 @pytest.mark.filterwarnings(
     "ignore:Detected call of"
-)  # torch's word on a schedule that is ahead of the optimizer: asked for here
+)  # as asked for
 def test_step_scheduler_with_optimizer_false_steps_at_every_call() -> None:
     found = rates(*prepared(lambda o: StepLR(o, 1, 0.5), steps=4, step_scheduler_with_optimizer=False))
     assert found[:3] == [0.5, 0.25, 0.125]
