@@ -4,6 +4,7 @@ The promise is that a step's gradient is that of the mean over all that the wind
 however they were cut. With W ranks (whose gradients the backward pass averages) and A micro-batches a window:
 
     a full window                         every micro-loss is multiplied by 1/A
+    a window of one micro-batch           micro-loss times n*W/g            g: the micro-batch's samples over all ranks
     a window cut short by the data's end  micro-loss times n*W/N     n: this rank's samples, N: the window's over all ranks
     the same, when N is not known ahead   micro-loss times n*W/(A*G), and the gradients times A*G/N before the step
                                                                     G: samples of a full micro-batch over all ranks
@@ -125,6 +126,11 @@ class Window:
             self.uneven = self.kind == SUM or self.index != self.size
             return
         self.samples = loader.num_samples
+        if self.size == 1 and loader.batch_samples is not None:  # the window is this micro-batch, whatever its size
+            even = loader.num_samples * self.ranks == loader.global_samples
+            self.scale = 1.0 if even else loader.num_samples * self.ranks / loader.global_samples
+            self.uneven = False
+            return
         if loader.is_last and ends_with_data:
             self.sync = True
         if self._remaining is not None:

@@ -106,6 +106,11 @@ def in_order(source: Any) -> Any:
         collate_fn=source.collate_fn,
         drop_last=source.drop_last,
         pin_memory=source.pin_memory,
+        timeout=source.timeout,
+        worker_init_fn=source.worker_init_fn,
+        multiprocessing_context=source.multiprocessing_context,
+        prefetch_factor=source.prefetch_factor,
+        persistent_workers=source.persistent_workers,
     )
 
 
