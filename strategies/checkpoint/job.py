@@ -17,7 +17,7 @@ from .divide import Unit, check_cover, digest, divide, units
 from .layout import Shard
 from .reader import VALUE_TENSORS
 from .state import split
-from .writer import write_json, write_safetensors
+from .writer import TensorFile, write_json
 
 VALUES = "values.json"
 
@@ -97,7 +97,7 @@ class Job:
         for name, target in self._rank_aliases.items():
             rank_index[name] = rank_index[target]
         if content:
-            files[shard] = write_safetensors(folder / shard, content)
+            files[shard] = TensorFile(content).write(folder / shard)
         if self.rank == 0 and self._values:
             files[VALUES] = write_json(folder / VALUES, self._values)
         rank_values = f"values-{self.rank:05d}.json" if self._rank_values else None

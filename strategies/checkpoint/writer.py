@@ -6,13 +6,16 @@ on a new file (O_EXCL): nothing that exists is ever written to.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
 import os
+import queue
 import sys
+import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,56 +25,130 @@ from torch import Tensor
 from ..errors import ConfigError
 from .layout import CHUNK, DTYPE_NAMES, NO_FOLDER, num_bytes, open_folder, stored_shape
 
+_BIG = 8 * 2**20
+"""Bytes of a file from which on its checksums are worth threads."""
+_FLUSH = 32 * 2**20
+"""Bytes after which the system is asked again to bring them to the disk."""
+_BACKLOG = 12
+"""Parts of up to CHUNK bytes that wait for their checksum: what a tensor is copied into lives as long."""
+PIECE = 16 * 2**20
+"""Bytes of a tensor that are copied at a time, where its own memory cannot be written as it is."""
+
 if sys.byteorder != "little":
     raise ConfigError("Checkpoints are little-endian, as the safetensors format is; this machine is big-endian.")
 
 
 class FileWriter:
-    """A new file that knows its checksums. `close` makes it durable and returns its entry in the manifest."""
+    """A new file that knows its checksums. `close` makes it durable and returns its entry in the manifest.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        size: bytes that are coming. A big file is checksummed on two threads beside the writing, and the system is asked to
+            bring it to the disk as it goes: a save takes about as long as write and fsync (tests/benchmarks/checkpoint.py).
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         for flag in ("O_CLOEXEC", "O_NOFOLLOW", "O_BINARY"):
             flags |= getattr(os, flag, 0)
         self._descriptor = os.open(path, flags, 0o666)  # less the umask, as every other file of the user
         self._size = 0
+        self._flushed = 0
         self._sha256 = hashlib.sha256()
         self._crc32: list[int] = []
         self._open_chunk = 0  # bytes of the last chunk so far
+        self._threads = [_Beside(self._add_to_sha256), _Beside(self._add_to_crc32)] if size >= _BIG else []
 
     def write(self, data: memoryview) -> None:
-        """Append bytes, one checksum chunk at a time."""
+        """Append bytes, which must not change before `close`."""
         start = 0
         while start < len(data):
-            part = data[start : start + CHUNK - self._open_chunk]
-            self._write_all(part)
-            self._sha256.update(part)
-            if self._open_chunk:
-                self._crc32[-1] = zlib.crc32(part, self._crc32[-1])
+            # Pieces end where chunks end: each crc32 is that of a whole chunk.
+            part = data[start : start + CHUNK - self._size % CHUNK]
+            if self._threads:
+                for thread in self._threads:
+                    thread.put(part)
             else:
-                self._crc32.append(zlib.crc32(part))
-            self._open_chunk = (self._open_chunk + len(part)) % CHUNK
+                self._add_to_sha256(part)
+                self._add_to_crc32(part)
+            self._write_all(part)
+            self._size += len(part)
             start += len(part)
-        self._size += len(data)
+            if self._threads and self._size - self._flushed >= _FLUSH:
+                start_writing_back(self._descriptor, self._flushed, self._size - self._flushed)
+                self._flushed = self._size
 
     def close(self) -> dict[str, Any]:
         try:
+            # The fsync goes on while the last checksums are taken.
             os.fsync(self._descriptor)
+            for thread in self._threads:
+                thread.join()
         finally:
-            os.close(self._descriptor)
+            self.abandon()
         return {"bytes": self._size, "sha256": self._sha256.hexdigest(), "chunk": CHUNK, "crc32": self._crc32}
 
     def abandon(self) -> None:
+        for thread in self._threads:
+            thread.stop()
         os.close(self._descriptor)
 
     def _write_all(self, part: memoryview) -> None:
         while len(part):
             part = part[os.write(self._descriptor, part) :]
 
+    def _add_to_sha256(self, part: memoryview) -> None:
+        self._sha256.update(part)
 
-def write_bytes(path: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
-    """Write a new file of all `parts`; return its entry in the manifest."""
-    writer = FileWriter(path)
+    def _add_to_crc32(self, part: memoryview) -> None:
+        if self._open_chunk:
+            self._crc32[-1] = zlib.crc32(part, self._crc32[-1])
+        else:
+            self._crc32.append(zlib.crc32(part))
+        self._open_chunk = (self._open_chunk + len(part)) % CHUNK
+
+
+class _Beside:
+    """Calls `action` with each part, in order, on a thread of its own. At most `_BACKLOG` parts are waiting."""
+
+    def __init__(self, action: Callable[[memoryview], None]) -> None:
+        self._action = action
+        self._parts: queue.Queue[memoryview | None] = queue.Queue(_BACKLOG)
+        self._thread = threading.Thread(target=self._run, name="drivetrain-checksum", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        # Hashing releases the GIL; nothing in it can fail.
+        while (part := self._parts.get()) is not None:
+            self._action(part)
+
+    def put(self, part: memoryview) -> None:
+        self._parts.put(part)
+
+    def join(self) -> None:
+        """Wait until every part was taken."""
+        self.stop()
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self._parts.put(None)
+            self._thread.join()
+
+
+def start_writing_back(descriptor: int, start: int, size: int) -> None:
+    """Ask the system to begin to write a range of a file to the disk, so that little is left for fsync. Linux only."""
+    if _sync_file_range is not None:
+        _sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(size), 2)  # SYNC_FILE_RANGE_WRITE
+
+
+_sync_file_range: Any = None
+if sys.platform == "linux":
+    with contextlib.suppress(OSError, AttributeError):
+        _sync_file_range = ctypes.CDLL(None).sync_file_range
+
+
+def write_bytes(path: Path, parts: Iterable[memoryview], size: int = 0) -> dict[str, Any]:
+    """Write a new file of all `parts`, `size` bytes or about that; return its entry in the manifest."""
+    writer = FileWriter(path, size)
     try:
         for part in parts:
             writer.write(part)
@@ -86,32 +163,61 @@ def write_json(path: Path, value: Any) -> dict[str, Any]:
     return write_bytes(path, [memoryview(json.dumps(value, allow_nan=False, separators=(",", ":")).encode())])
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write tensors in the safetensors format, one after the other: one copy at a time is in memory, if any."""
-    # Widest elements first, as the reference implementation does: everything is aligned for readers that map the file.
-    order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for key, tensor in order:
-        dtype = DTYPE_NAMES[tensor.dtype]
-        code, shape = stored_shape(dtype, tensor.shape)
-        end = start + num_bytes(dtype, tensor.shape)
-        header[key] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = memoryview(len(text).to_bytes(8, "little") + text)
-    return write_bytes(path, _parts(head, [tensor for _, tensor in order]))
+class TensorFile:
+    """A safetensors file that is to be written: its header, and the tensors whose bytes follow.
+
+    Attributes:
+        head: length and header, as they stand in the file;  tensors: in the order of their bytes;  size: of the whole, in bytes.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+        # Widest elements first, as the reference implementation does: everything is aligned for readers that map the file.
+        order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        start = 0
+        for key, tensor in order:
+            dtype = DTYPE_NAMES[tensor.dtype]
+            code, shape = stored_shape(dtype, tensor.shape)
+            end = start + num_bytes(dtype, tensor.shape)
+            header[key] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+            start = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.head = memoryview(len(text).to_bytes(8, "little") + text)
+        self.tensors = [tensor for _, tensor in order]
+        self.size = len(self.head) + start
+
+    def parts(self) -> Iterator[memoryview]:
+        """Yield the bytes of the whole file. What is not in order in the CPU's memory is copied, a few MiB at a time."""
+        yield self.head
+        for tensor in self.tensors:
+            for piece in pieces(tensor):
+                if piece.device.type == "cpu":
+                    yield bytes_of(piece)
+                else:
+                    for part in piece.split(PIECE):
+                        yield bytes_of(part.to("cpu"))
+
+    def write(self, path: Path) -> dict[str, Any]:
+        """Write it; return its entry in the manifest."""
+        return write_bytes(path, self.parts(), self.size)
 
 
-def _parts(head: memoryview, tensors: list[Tensor]) -> Iterable[memoryview]:
-    yield head
-    for tensor in tensors:
-        plain = tensor.detach()
-        if plain.is_conj() or plain.is_neg():
-            plain = plain.resolve_conj().resolve_neg()
-        plain = plain.to("cpu").contiguous()
-        yield bytes_of(plain)
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the bytes of a tensor in order, as flat uint8 tensors on its device.
+
+    One view of the whole where its memory is in order; otherwise copies of at most `PIECE` bytes (or one row).
+    """
+    plain = tensor.detach()
+    in_order = plain.is_contiguous() and not plain.is_conj() and not plain.is_neg()
+    size = plain.numel() * plain.element_size()
+    if in_order or plain.dim() == 0 or size <= PIECE:
+        if size:
+            yield plain.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+        return
+    rows = max(1, PIECE * len(plain) // size)
+    for first in range(0, len(plain), rows):
+        yield from pieces(plain[first : first + rows] if rows > 1 else plain[first])
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
