@@ -206,9 +206,14 @@ class Strategy:
     ) -> list[str]:
         """Copy a checkpoint's tensors into `models` and `optimizers`; return the names skipped under `strict=False`."""
         names = list(names)
-        skipped = named_state.load_model_tensors(models, names, read, strict=strict)
-        named_state.load_optimizer_state(models, optimizers, names, read, values)
-        return skipped
+        # All or nothing: an optimizer that does not fit is found before the weights are copied.
+        return named_state.load_model_tensors(
+            models,
+            names,
+            read,
+            strict=strict,
+            before=lambda: named_state.load_optimizer_state(models, optimizers, names, read, values),
+        )
 
     def explain(self) -> list[tuple[str, str]]:
         """Return (what, how) rows for the start-up lines."""

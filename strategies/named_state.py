@@ -34,13 +34,19 @@ def model_tensors(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def load_model_tensors(
-    models: Mapping[str, nn.Module], names: Iterable[str], read: Callable[[str], Tensor], *, strict: bool = True
+    models: Mapping[str, nn.Module],
+    names: Iterable[str],
+    read: Callable[[str], Tensor],
+    *,
+    strict: bool = True,
+    before: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Copy `model/...` tensors into `models`; return the names that were skipped (only with `strict=False`).
 
     Args:
         names: all tensor names that the checkpoint holds; those that do not start with `model/` are none of ours.
         read: returns the full tensor of a name, on the CPU.
+        before: called when the names and shapes were found to fit, before anything is copied. What it raises keeps the weights.
     Raises:
         CheckpointError: names missing or in excess, or other shapes; nothing was copied then.
     """
@@ -59,6 +65,7 @@ def load_model_tensors(
             f"The checkpoint is of another model: {'; '.join(p for p in parts if p)}. Nothing was loaded. "
             "Build the same model, or load with strict=False to take what fits."
         )
+    before()
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name not in shapes:

@@ -114,6 +114,22 @@ def announce(trainer: Trainer) -> None:
     print(startup_lines(items), flush=True)
 
 
+def resolved(trainer: Trainer) -> dict[str, Any]:
+    """Return what became of the arguments that were left open, for config.yaml."""
+    accelerator = trainer.accelerator
+    return {
+        "resolved": {
+            "device": str(trainer.world.device),
+            "ranks": trainer.world.size,
+            "strategy": trainer.strategy.name,
+            "precision": trainer.precision.name,
+            "seed": accelerator.seed,
+            "accumulate_grad_batches": accelerator.window.size,
+            "batch_samples": trainer.train_loader.batch_samples,
+        }
+    }
+
+
 def show_results(trainer: Trainer, stage: str, values: Mapping[str, float]) -> None:
     """Print what an evaluation found, one line a value."""
     if trainer.world.is_main and trainer.options["enable_progress_bar"]:

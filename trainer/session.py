@@ -76,6 +76,8 @@ class Session:
                 status = "stopped" if trainer.leaving else "failed" if error is not None else "finished"
                 trainer._tracking.close(status)
                 trainer._tracking = None
+            if trainer._store is not None:
+                trainer._store.unclaim()
             module = trainer.module
             for name in ("_trainer", "_metrics", "_defaults", "_log_suffix"):
                 module.__dict__.pop(name, None)
@@ -104,6 +106,7 @@ class Session:
     def prepare_fit(self, train: Any, val: Any, resume: str | Path | None) -> TrainLoop | None:
         """Build everything that the loop needs; None when there is nothing to do."""
         trainer, module = self.trainer, self.trainer.module
+        self._resume_asked = None if resume is None else str(resume)
         self._check_fit(module)
         trainer.should_stop = False
         trainer.pending_saves.clear()
@@ -116,6 +119,8 @@ class Session:
         trainer.callbacks, trainer.fitted = defaults.callbacks(trainer, module), module
         trainer._tracking = Tracking(defaults.loggers(trainer), jsonl=defaults.writes(trainer), enabled=trainer.world.is_main)
         trainer._store = defaults.store(trainer)
+        if defaults.writes(trainer):
+            trainer.store.claim()
         self._attach(trainer.callbacks)
         module.configure_model()
         self._prepare_models()
@@ -250,7 +255,7 @@ class Session:
         folder = trainer.run_folder
         assert folder is not None
         if defaults.writes(trainer) and trainer.world.is_main:
-            write_config(folder.path, trainer.config)
+            write_config(folder.path, trainer.config | {"resume": self._resume_asked} | defaults.resolved(trainer))
         goes_on = folder.resume_from is not None and folder.resume_from.parent.parent == folder.path
         trainer.tracking.start(
             RunInfo(folder.name, folder.id, folder.path, trainer.config, resumed=goes_on, step=trainer.progress.global_step)

@@ -153,14 +153,29 @@ class CheckpointStore:
         # Described from what rank 0 said: another machine may see the new name a moment later.
         return info_of(path, told)
 
+    def claim(self) -> None:
+        """Take the folder for this run (together), so that a second one in it is refused before it writes anything.
+
+        Raises:
+            CheckpointError: another process has it.
+        """
+        self._from_main("Opening", self._take)
+
+    def unclaim(self) -> None:
+        """Let other processes save in the folder. The next save takes it again."""
+        self._lock = None
+
+    def _take(self) -> None:
+        make_folder(self.root)
+        if self._lock is None:
+            self._lock = FolderLock(self.root / LOCK, _PATIENCE_S)
+
     def _exchange(self, job: Job, reports: list[Any]) -> list[Any] | None:
         """Return what each rank holds where they differ; None where all hold the same, as in ddp."""
         return None if len({r["digest"] for r in reports}) == 1 else self._world.gather_json([list(u) for u in job.held])
 
     def _open_temporary(self, step: int, needed: int) -> str:
-        make_folder(self.root)
-        if self._lock is None:
-            self._lock = FolderLock(self.root / LOCK, _PATIENCE_S)
+        self._take()
         for name in os.listdir(self.root):
             if name.startswith(TEMPORARY):
                 shutil.rmtree(self.root / name, ignore_errors=True)
