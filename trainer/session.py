@@ -137,7 +137,8 @@ class Session:
         trainer.hooks.call("on_train_start")
         if checkpoint is not None:
             with checkpoint:
-                trainer.run_folder.notes += run_state.restore_random(checkpoint, trainer.world.rank)
+                for note in run_state.restore_random(checkpoint, trainer.world.rank):
+                    trainer.print(note)
         self._looping = True
         return TrainLoop(trainer)
 
@@ -245,6 +246,8 @@ class Session:
             providers.pop("tracking")
         run_state.restore(trainer.accelerator, checkpoint, providers)
         trainer.hooks.call("on_load_checkpoint", checkpoint.value("hooks"))
+        if checkpoint.world_size != trainer.world.size:
+            folder.notes.append(f"saved on {checkpoint.world_size} rank(s), goes on on {trainer.world.size}")
         trainer.due = tuple(checkpoint.value("due"))
         trainer.metrics = dict(checkpoint.value("metrics/last"))
         trainer.resumed_mid_epoch = trainer.progress.batch_in_epoch > 0
