@@ -17,6 +17,7 @@ from . import state as run_state
 
 if TYPE_CHECKING:
     from ..strategies.world import World
+    from .accumulation import Window
     from .data.loader import Loader
     from .optimizers import PreparedOptimizer
 
@@ -31,7 +32,7 @@ class Saving:
     registered: list[Any]
     loaders: list[Loader]
     optimizers: dict[str, PreparedOptimizer]
-    saves: int = 0
+    window: Window
 
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Save and load the state of `objects` too: anything with state_dict and load_state_dict, in this order.
@@ -54,9 +55,17 @@ class Saving:
             output_dir: the folder that holds the checkpoints; by default `project_dir`/checkpoints.
             step: the number in the checkpoint's name; by default one more than the newest there.
         Returns: the folder of the committed checkpoint.
+        Raises:
+            ConfigError: an accumulation window is open, whose gradients no checkpoint holds.
         """
         from ..strategies.checkpoint.store import CheckpointStore
 
+        window = self.window
+        if window.index and not window.sync:
+            raise ConfigError(
+                f"save_state was called after micro-batch {window.index} of {window.size}: the gradients so far would "
+                "be lost. Call it when accelerator.sync_gradients is True, after the step."
+            )
         store = CheckpointStore(self._folder(output_dir), self.world)
         if step is None:
             infos = store.list()
