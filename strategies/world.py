@@ -16,9 +16,9 @@ import socket
 import stat
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -29,6 +29,9 @@ from .control import Control
 from .devices.base import DeviceChoice, choose_device, select_device
 from .environment import LOOPBACK, RankEnvironment, is_loopback, read_environment
 from .errors import DistributedError, unknown_name
+
+if TYPE_CHECKING:
+    from .mesh import Mesh, ParallelPlan
 
 # Waiting longer than this for a rank to appear is pointless: it was never started, or died on the way.
 _START_TIMEOUT_S = 300.0
@@ -60,9 +63,11 @@ class World:
         self.is_local_main = env.local_rank == 0
         self.is_last = env.rank == env.size - 1
         self.control = Control()
+        self.meshes: dict[ParallelPlan, Mesh] = {}  # filled by mesh.mesh_of
         self._group = group
         self._control_group: dist.ProcessGroup | None = None
         self._owns_default_group = False
+        self._at_stop: list[Callable[[], None]] = []
         self._started = True
 
     @classmethod
@@ -116,10 +121,13 @@ class World:
         return f"World(rank {self.rank}/{self.size}, {self.device}, {self.backend})"
 
     def group(self, axis: str = "world") -> dist.ProcessGroup | None:
-        """Return the process group of an axis; None when this process is alone."""
-        if axis != "world":
+        """Return the process group of an axis (mesh.py names them); None when this process is alone on it."""
+        if axis == "world":
+            return self._group
+        mesh = next(iter(self.meshes.values()), None)  # that of the run's own strategy, which starts first
+        if mesh is None:
             raise unknown_name("axis", axis, ["world"])
-        return self._group
+        return mesh.group(axis)
 
     def new_group(self, ranks: list[int] | None = None, *, backend: str | None = None) -> dist.ProcessGroup | None:
         """Make another process group as `dist.new_group`, on loopback when there is one node; None on ranks not in it."""
@@ -172,18 +180,26 @@ class World:
         dist.all_gather_object(every, value, group=self._control())
         return every
 
+    def at_stop(self, action: Callable[[], None]) -> None:
+        """Let `action` run when the world stops, before its groups go."""
+        self._at_stop.append(action)
+
     def stop(self) -> None:
-        """Destroy the groups that `start` made; never waits for other ranks. A second call does nothing."""
+        """Destroy the groups that `start` made; waits for no other rank, but for a save under way. A second call does nothing."""
         if not self._started:
             return
         self._started = False
         _running.discard(self)
+        for action in self._at_stop:
+            action()
+        self._at_stop.clear()
         self.control.stop()
         if self._owns_default_group and dist.is_initialized():
             dist.destroy_process_group()
         elif self._control_group is not None and dist.is_initialized():
             dist.destroy_process_group(self._control_group)
         self._group = self._control_group = None
+        self.meshes.clear()
 
     def _compute(self) -> dist.ProcessGroup:
         if self._group is None:

@@ -1,0 +1,217 @@
+"""ParallelPlan (how many ways on each axis) and Mesh (the processes of a World, laid out on those axes).
+
+    plan = ParallelPlan(dp_replicate=2, dp_shard=-1)      # -1: what is left of the processes
+    mesh = mesh_of(world, plan)                           # one DeviceMesh with named axes; the same object for the same plan
+    mesh.group("dp_shard"), mesh.size("tp"), mesh.index("batch")
+
+Axes from the outermost to the innermost, so that the ranks of an inner axis are neighbours, on one node where that is possible:
+    axis          what is cut over it                            who talks over it, and when
+    pp            layers into stages                             activations between stages, each micro-batch
+    dp_replicate  the batch; the model is held again             gradients are all-reduced, each step
+    dp_shard      the batch; parameters, gradients, state        parameters gathered, gradients reduce-scattered, each unit
+    cp            the sequence; parameters as over dp_shard      keys and values, each attention
+    tp            matrices by columns or rows                    activations, each matrix pair
+    ep            experts; its ranks are taken from dp_shard     tokens, each expert layer
+Derived, for those who ask what a rank is part of:
+    batch = dp_replicate x dp_shard          who reads which slice of the data: `data_shard`
+    loss  = batch x cp                       over whom a loss or a metric is averaged
+    fsdp  = dp_shard x cp                    over whom parameters are sharded
+The product of pp, dp_replicate, dp_shard, cp and tp is the number of processes; ep divides dp_shard * cp * tp.
+Source: torch.distributed.device_mesh; the axes are those of torchtitan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from .errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .world import World
+
+__all__ = ["AXES", "DERIVED", "Mesh", "ParallelPlan", "mesh_of"]
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""The axes whose product is the number of processes, outermost first."""
+DERIVED = {
+    "batch": ("dp_replicate", "dp_shard"),
+    "loss": ("dp_replicate", "dp_shard", "cp"),
+    "fsdp": ("dp_shard", "cp"),
+}
+"""Names for several axes taken together."""
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """Degrees by axis. One may be -1: what is left of the processes.
+
+    Raises:
+        ConfigError: a degree that is neither -1 nor at least 1, or two that are -1.
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for axis, degree in self.degrees().items():
+            if not isinstance(degree, int) or isinstance(degree, bool) or (degree < 1 and degree != -1):
+                raise ConfigError(
+                    f"ParallelPlan({axis}={degree!r}): a degree is a whole number of at least 1, or -1 for what is left of the "
+                    f"processes. Leave {axis} out for 1."
+                )
+        if self.ep == -1:
+            raise ConfigError(
+                "ParallelPlan(ep=-1): the ranks of ep are taken from dp_shard, so nothing is left for it. Say how many."
+            )
+        if len(free := self._free()) > 1:
+            raise ConfigError(
+                f"ParallelPlan: {' and '.join(free)} are both -1, and only one axis can take what is left. Set one."
+            )
+
+    def degrees(self) -> dict[str, int]:
+        """Return axis -> degree, in the order of the fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def resolve(self, world_size: int) -> ParallelPlan:
+        """Return the plan on `world_size` processes, without a -1.
+
+        Raises:
+            ConfigError: the product of the degrees is another number; the message says what to change.
+        """
+        known = math.prod(d for axis, d in self.degrees().items() if axis in AXES and d != -1)
+        free = self._free()
+        plan = self
+        if free and world_size % known == 0:
+            plan = replace(self, **{free[0]: world_size // known})
+        elif free:
+            raise ConfigError(
+                f"{self}: the other axes take {known} processes together, and {world_size} is no multiple of {known}. "
+                f"Launch {_near(known, world_size)} processes, or change a degree."
+            )
+        elif known != world_size:
+            raise ConfigError(
+                f"ParallelPlan needs {'*'.join(AXES)} == number of processes, got "
+                f"{'*'.join(str(getattr(self, a)) for a in AXES)} = {known} on {world_size} processes. {self._advice(world_size)}"
+            )
+        inside = plan.dp_shard * plan.cp * plan.tp
+        if inside % plan.ep:
+            raise ConfigError(
+                f"ParallelPlan(ep={plan.ep}): the experts' ranks are taken from dp_shard*cp*tp = {inside}, which {plan.ep} does "
+                "not divide. Choose a divisor."
+            )
+        return plan
+
+    def _free(self) -> list[str]:
+        return [axis for axis, degree in self.degrees().items() if degree == -1]
+
+    def _advice(self, world_size: int) -> str:
+        """What to change in a plan whose product is not the number of processes."""
+        rest = math.prod(getattr(self, a) for a in AXES if a != "dp_shard")
+        launch = f"launch {math.prod(getattr(self, a) for a in AXES)} processes."
+        if world_size % rest == 0:
+            return f"Set dp_shard=-1 to use what is left ({world_size // rest}), or {launch}"
+        return f"Make the other degrees divide {world_size}, or {launch}"
+
+    def __str__(self) -> str:
+        """The axes that are more than 1, such as "dp_replicate=2 dp_shard=4"; "1 process" for none."""
+        return " ".join(f"{a}={d}" for a, d in self.degrees().items() if d != 1) or "1 process"
+
+
+class Mesh:
+    """The processes of `world` on the axes of a resolved `plan`. Use `mesh_of`, which makes one for each plan.
+
+    Only axes of more than one rank become axes of the DeviceMesh (each costs process groups), and `dp_shard` where all are 1.
+    """
+
+    def __init__(self, world: World, plan: ParallelPlan) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        from .world import listening_on_loopback
+
+        self.world = world
+        self.plan = plan
+        degrees = {axis: getattr(plan, axis) for axis in AXES}
+        self.axes: tuple[str, ...] = tuple(a for a, d in degrees.items() if d > 1) or ("dp_shard",)
+        if world.group() is None:
+            raise ConfigError(
+                f"The plan {plan} needs a process group also on one process, and this World has none. "
+                "Start it with World.start(need_group=True), which Trainer and Accelerator do by themselves."
+            )
+        with listening_on_loopback(world.one_node):
+            self.device_mesh: DeviceMesh = init_device_mesh(
+                world.device.type, tuple(degrees[a] for a in self.axes), mesh_dim_names=self.axes
+            )
+        self._flat: dict[tuple[str, ...], DeviceMesh] = {}
+
+    def size(self, axis: str) -> int:
+        """Return how many ranks an axis (or a derived one) has; 1 for one that is not used."""
+        return math.prod(getattr(self.plan, a) for a in self._named(axis))
+
+    def index(self, axis: str) -> int:
+        """Return this rank's place on an axis; on a derived one, the first of its axes counts most."""
+        place = 0
+        for a in self._named(axis):
+            held = self.device_mesh.get_local_rank(a) if a in self.axes else 0
+            place = place * getattr(self.plan, a) + held
+        return place
+
+    def sub(self, first: str, *others: str) -> DeviceMesh:
+        """Return the DeviceMesh of some axes that are in use: what fully_shard or a parallel style takes."""
+        if (first, *others) == self.axes:
+            return self.device_mesh
+        return self.device_mesh[(first, *others)] if others else self.device_mesh[first]
+
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """Return the process group of an axis, or of a derived one; None where it has one rank only."""
+        used = tuple(a for a in self._named(axis) if a in self.axes and getattr(self.plan, a) > 1)
+        if not used:
+            return None
+        if used == self.axes:
+            return self.world.group()
+        if len(used) == 1:
+            return self.device_mesh.get_group(used[0])
+        if used not in self._flat:
+            from .world import listening_on_loopback
+
+            with listening_on_loopback(self.world.one_node):
+                self._flat[used] = self.device_mesh[used]._flatten("_".join(used))
+        return self._flat[used].get_group()
+
+    def _named(self, axis: str) -> Sequence[str]:
+        if axis in DERIVED:
+            return DERIVED[axis]
+        if axis not in AXES:
+            raise unknown_name("axis", axis, [*AXES, *DERIVED, "world"])
+        return (axis,)
+
+    def __repr__(self) -> str:
+        return f"Mesh({self.plan}, rank {self.world.rank})"
+
+
+def mesh_of(world: World, plan: ParallelPlan) -> Mesh:
+    """Return the mesh of `plan` in `world`: the same object for the same plan, so that strategies share its groups. Collective.
+
+    Raises:
+        ConfigError: the plan does not fit the number of processes, or the world has no process group.
+    """
+    plan = plan.resolve(world.size)
+    if plan not in world.meshes:
+        world.meshes[plan] = Mesh(world, plan)
+    return world.meshes[plan]
+
+
+def _near(step: int, world_size: int) -> str:
+    """The multiples of `step` around `world_size`, in words."""
+    below, above = world_size // step * step, -(-world_size // step) * step
+    return f"{below} or {above}" if below else str(above)
