@@ -47,6 +47,7 @@ class Window:
         scale: what the open micro-batch's mean loss is multiplied by.
         backwards: backward passes since the window opened.
         kind: what the window's losses are: MEAN, SUM, or 0 before the first.
+        total: the items of the last settled window of sums, over all ranks: a number on the CPU, else a tensor on the device.
         uneven: whether the gradients are still to be multiplied by what `settle` returns, when `sync`.
     """
 
@@ -69,6 +70,7 @@ class Window:
         "scale",
         "size",
         "sync",
+        "total",
         "uneven",
         "wanted",
     )
@@ -81,6 +83,7 @@ class Window:
         self.scale = 1.0
         self.backwards = 0
         self.samples: int | None = None  # this rank's real samples in the open micro-batch, where known
+        self.total: Tensor | float = 0.0
         self._divisor = 0.0  # P; 0 until the first sum
         self._open()
         self.size = self.wanted = size
@@ -205,8 +208,9 @@ class Window:
             if world.size > 1 and self.ranks > 1:
                 count = world.all_reduce(count.to(torch.float64))
             if count.device.type == "cpu":  # no device to wait for: a plain number
-                total = count.item()
+                self.total = total = count.item()
                 return self._divisor * self.ranks / total if total else 0.0
+            self.total = count
             return torch.where(count > 0, self._divisor * self.ranks / count, 0.0)
         if self._remaining is not None:
             return None

@@ -143,6 +143,7 @@ class Runtime:
         self._boundary: Boundary | None = None
         self._broken_off = False  # what is saved is `_boundary`
         self._asked_meanwhile = 0
+        self._tokens: Tensor | None = None  # counted on a device since the last `catch_up`
 
     # -- what is there ------------------------------------------------------------------------------------------------
     @property
@@ -246,13 +247,27 @@ class Runtime:
 
     def log_point(self, metrics: Metrics) -> None:
         """Reduce what was logged since the last log point, tell the callbacks, and hand it to the loggers."""
-        self.clock.note()
+        self.catch_up()
         self.accelerator.check_finite()
         values = metrics.flush_step()
         norm = self.accelerator.last_grad_norm
         if norm is not None and self.logs_loss:
             values.setdefault("grad_norm", float(norm))
         self.publish(values)
+
+    def count_tokens(self, count: Tensor | float) -> None:
+        """Add the items of a step. On a device they are added up there, and read by `catch_up`."""
+        if isinstance(count, Tensor):
+            self._tokens = count if self._tokens is None else self._tokens + count
+        else:
+            self.progress.tokens += int(count)
+
+    def catch_up(self) -> None:
+        """Bring the counters that are not kept up at every step up to date: seconds, and tokens on a device."""
+        self.clock.note()
+        if self._tokens is not None:
+            self.progress.tokens += int(self._tokens.item())
+            self._tokens = None
 
     def report_epoch(self, metrics: Metrics) -> None:
         """Reduce what was logged over the epoch."""
@@ -386,7 +401,7 @@ class Runtime:
 
     def note(self, due: Sequence[str] | None = None, *, buffers: bool = False) -> None:
         """Keep the state as it is now, to be saved if what follows breaks off."""
-        self.clock.note()
+        self.catch_up()
         self._boundary = Boundary.of(self, self.due_now() if due is None else due, buffers=buffers)
 
     def go_back(self) -> None:
@@ -413,7 +428,7 @@ class Runtime:
         from ..callbacks.checkpoint import Checkpoint
         from ..strategies.checkpoint.store import CheckpointStore
 
-        self.clock.note()
+        self.catch_up()
         store = self.store if saving.folder is None else CheckpointStore(saving.folder, self.world)
         extra: dict[str, Any] = {}
         self.hooks.call("on_save_checkpoint", extra)

@@ -145,7 +145,7 @@ class Session:
     def finish_fit(self) -> None:
         """Call the last hooks of a training that came to its end."""
         trainer, self._looping = self.trainer, False
-        trainer.clock.note()
+        trainer.catch_up()
         trainer.in_window = False
         trainer.hooks.call("on_train_end")
         if trainer.pending_saves:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ...callbacks.base import Callback
 from ...callbacks.runner import is_overridden
 from ...strategies.errors import DataError
+from ..accumulation import SUM
 from ..boundary import EPOCH, STEP
 
 if TYPE_CHECKING:
@@ -192,6 +193,8 @@ class TrainLoop:
             progress.skipped += 1
             return
         progress.global_step += 1
+        if accelerator.window.kind == SUM and self.automatic:
+            trainer.count_tokens(accelerator.window.total)
         if trainer.step_schedulers and self.automatic:
             trainer.run_schedulers(trainer.step_schedulers, progress.global_step)
 
