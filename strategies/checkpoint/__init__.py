@@ -1,18 +1,23 @@
 """Checkpoints: one folder a step, visible only when whole, read without running anything.
 
-store.py   CheckpointStore: save, list, latest, verify, open, prune; the commit protocol is its docstring
-layout.py  what lies on the disk: names, element types, manifest, safe opening of a file
-job.py     one save on one rank
-writer.py  safetensors and JSON files with their checksums; fsync
-reader.py  Checkpoint: values and tensors, checked while they are read
-divide.py  who writes which piece of which tensor; do pieces cover their tensor
-lock.py    one process at a time saves in a folder
-state.py   trees of tensors and JSON values, to and fro
-rng.py     the random states of a process
+store.py       CheckpointStore: save, list, latest, verify, open, prune; the commit protocol is its docstring
+background.py  saves that go on beside the training: the copy, the thread, the handle
+together.py    what goes wrong on one rank is raised on all
+keep.py        which checkpoints a prune leaves
+layout.py      what lies on the disk: names, element types, manifest, safe opening of a file
+job.py         one save on one rank
+writer.py      safetensors and JSON files with their checksums; fsync
+reader.py      Checkpoint: values and tensors, checked while they are read
+divide.py      who writes which piece of which tensor; do pieces cover their tensor
+lock.py        one process at a time saves in a folder
+state.py       trees of tensors and JSON values, to and fro
+rng.py         the random states of a process
 """
 
+from .background import SaveHandle
+from .keep import Keep
 from .layout import CheckpointInfo, Shard
 from .reader import Checkpoint
-from .store import CheckpointStore, Keep
+from .store import CheckpointStore
 
-__all__ = ["Checkpoint", "CheckpointInfo", "CheckpointStore", "Keep", "Shard"]
+__all__ = ["Checkpoint", "CheckpointInfo", "CheckpointStore", "Keep", "SaveHandle", "Shard"]

@@ -1,6 +1,7 @@
 """One save on one rank: what it was given, which part of it this rank writes, and the table of all parts.
 
 prepare (checks everything) -> plan (who writes what, the same on all ranks) -> write (this rank's files) -> index (rank 0).
+`stage`, between plan and write, copies this rank's share, for a save that goes on beside the training.
 Called by CheckpointStore.save, which brings the ranks to one outcome between the steps.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,7 +18,10 @@ from .divide import Unit, check_cover, digest, divide, units
 from .layout import Shard
 from .reader import VALUE_TENSORS
 from .state import split
-from .writer import TensorFile, write_json
+from .writer import TensorFile, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from .background import Staging
 
 VALUES = "values.json"
 
@@ -30,7 +34,10 @@ class Job:
         self.held: dict[Unit, Tensor] = {}
         self.aliases: dict[str, str] = {}
         self.meta: dict[str, Any] = {}
-        self._own: list[Unit] = []
+        self._shard = f"shard-{rank:05d}-of-{size:05d}.safetensors"
+        self._file: TensorFile | None = None
+        self._staged: list[memoryview] = []  # the bytes of that file, where they were copied
+        self._size = 0
         self._rank_units: dict[Unit, Tensor] = {}
         self._rank_aliases: dict[str, str] = {}
         self._values: dict[str, Any] = {}
@@ -79,37 +86,44 @@ class Job:
                     lists.setdefault(Unit.of(fields), []).append(rank)
             holders = {unit: tuple(ranks) for unit, ranks in lists.items()}
         writers = divide(holders, self.size)
-        self._own = [unit for unit in self.held if writers[unit] == self.rank]
+        self._lay_out([unit for unit in self.held if writers[unit] == self.rank])
         return sum(unit.num_bytes for unit in writers)
+
+    def _lay_out(self, own: Sequence[Unit]) -> None:
+        """Name this rank's file, and what is where in it."""
+        content: dict[str, Tensor] = {}
+        rank_index: dict[str, Any] = {}
+        pieces: list[Any] = []
+        for unit in own:
+            pieces.append([*unit, self._shard, _add_key(content, unit.name, self.held[unit])])
+        for unit, tensor in self._rank_units.items():
+            key = _add_key(content, f"rank-{self.rank:05d}/{unit.name}", tensor)
+            rank_index[unit.name] = _entry(unit, [_piece(unit, self._shard, key)])
+        for name, target in self._rank_aliases.items():
+            rank_index[name] = rank_index[target]
+        self._report: dict[str, Any] = {"pieces": pieces, "aliases": self.aliases, "rank_tensors": rank_index}
+        self._file = TensorFile(content) if content else None
+
+    def stage(self, staging: Staging) -> None:
+        """Copy what this rank writes and let go of the tensors themselves: they may change now."""
+        if self._file is not None:
+            self._staged, self._size = staging.take(self._file), self._file.size
+        self._file = None
+        self.held, self._rank_units = {}, {}
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write this rank's files; return what the manifest says of them."""
         files: dict[str, Any] = {}
-        pieces: list[Any] = []
-        rank_index: dict[str, Any] = {}
-        content: dict[str, Tensor] = {}
-        shard = f"shard-{self.rank:05d}-of-{self.size:05d}.safetensors"
-        for unit in self._own:
-            pieces.append([*unit, shard, _add_key(content, unit.name, self.held[unit])])
-        for unit, tensor in self._rank_units.items():
-            key = _add_key(content, f"rank-{self.rank:05d}/{unit.name}", tensor)
-            rank_index[unit.name] = _entry(unit, [_piece(unit, shard, key)])
-        for name, target in self._rank_aliases.items():
-            rank_index[name] = rank_index[target]
-        if content:
-            files[shard] = TensorFile(content).write(folder / shard)
+        if self._staged:
+            files[self._shard] = write_bytes(folder / self._shard, self._staged, self._size)
+        elif self._file is not None:
+            files[self._shard] = self._file.write(folder / self._shard)
         if self.rank == 0 and self._values:
             files[VALUES] = write_json(folder / VALUES, self._values)
         rank_values = f"values-{self.rank:05d}.json" if self._rank_values else None
         if rank_values:
             files[rank_values] = write_json(folder / rank_values, self._rank_values)
-        return {
-            "files": files,
-            "pieces": pieces,
-            "aliases": self.aliases,
-            "rank_tensors": rank_index,
-            "rank_values": rank_values,
-        }
+        return {"files": files, **self._report, "rank_values": rank_values}
 
     def index(self, written: list[Any]) -> dict[str, Any]:
         """Return the manifest's tables, from what every rank wrote. On rank 0.

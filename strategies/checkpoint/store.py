@@ -14,22 +14,24 @@ What goes wrong on one rank is raised on all of them, after the temporary folder
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError, DrivetrainError
+from ..errors import CheckpointError
+from .background import Background, SaveHandle
 from .job import Job
+from .keep import Keep
 from .layout import (
     FORMAT,
     LOCK,
@@ -46,55 +48,16 @@ from .layout import (
 )
 from .lock import FolderLock
 from .reader import Checkpoint
+from .together import Alone, Ranks, Together, attempt
 from .writer import make_folder, sync_folder, write_bytes
 
-T = TypeVar("T")
 Steps = list[int]  # named here: inside the store, `list` is a method
 _MARGIN = 2**20
 """Bytes that must stay free beside the checkpoint: headers, manifest, the file system's own."""
 _PATIENCE_S = 10.0
 """How long a save waits for another process to let go of the folder, and for the folder to appear on another machine."""
-
-
-class Ranks(Protocol):
-    """What the store needs of World: all ranks call it together, JSON goes over the control group."""
-
-    rank: int
-    size: int
-
-    def gather_json(self, value: Any) -> list[Any]: ...
-    def broadcast_json(self, value: Any, src: int = 0) -> Any: ...
-
-
-class Alone:
-    """One process that needs no World: tools, tests."""
-
-    rank = 0
-    size = 1
-
-    def gather_json(self, value: Any) -> list[Any]:
-        return [value]
-
-    def broadcast_json(self, value: Any, src: int = 0) -> Any:
-        return value
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Which checkpoints `prune` leaves: those that any rule names. Without a rule, all.
-
-    `metric` is looked up in `meta["metrics"]`; a checkpoint without it, or with NaN, is never among the best.
-    """
-
-    last: int = 0
-    best: int = 0
-    metric: str | None = None
-    mode: str = "min"
-    every: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.last, self.best, self.every) < 0 or self.mode not in ("min", "max") or (self.best and not self.metric):
-            raise ConfigError(f"{self}: counts are at least 0, mode is 'min' or 'max', and best needs a metric.")
+_unfinished: set[Path] = set()
+"""The temporary folders in which this process is writing. They are no leftovers: several saves may go to one folder."""
 
 
 class CheckpointStore:
@@ -103,12 +66,16 @@ class CheckpointStore:
     def __init__(self, root: str | Path, world: Ranks | None = None) -> None:
         self.root = Path(root).expanduser().absolute()
         self._world: Ranks = world or Alone()
+        self._together = Together(self._world, self.root)
+        self._background = Background.of(self._world)
         self._whole: set[Path] = set()  # seen to be whole by this process
         self._claims: dict[str, set[int]] = {}  # who -> the steps that they need
+        self._claims_lock = threading.Lock()  # a save may look at them from its own thread
         self._sequence: int | None = None  # of the last commit
         self._lock: FolderLock | None = None
 
     # -- save ---------------------------------------------------------------------------------------------------------
+    @overload
     def save(
         self,
         step: int,
@@ -118,38 +85,93 @@ class CheckpointStore:
         rank_values: Mapping[str, Any] | None = None,
         rank_tensors: Mapping[str, Tensor] | None = None,
         meta: Mapping[str, Any] | None = None,
-    ) -> CheckpointInfo:
-        """Write a checkpoint and commit it (together). It is on the disk when this returns.
+        remove: Iterable[int] = (),
+        wait: Literal[True] = True,
+    ) -> CheckpointInfo: ...
+    @overload
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor | Shard],
+        values: Mapping[str, Any],
+        *,
+        rank_values: Mapping[str, Any] | None = None,
+        rank_tensors: Mapping[str, Tensor] | None = None,
+        meta: Mapping[str, Any] | None = None,
+        remove: Iterable[int] = (),
+        wait: Literal[False],
+        on_failure: Callable[[], None] | None = None,
+    ) -> SaveHandle: ...
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor | Shard],
+        values: Mapping[str, Any],
+        *,
+        rank_values: Mapping[str, Any] | None = None,
+        rank_tensors: Mapping[str, Tensor] | None = None,
+        meta: Mapping[str, Any] | None = None,
+        remove: Iterable[int] = (),
+        wait: bool = True,
+        on_failure: Callable[[], None] | None = None,
+    ) -> CheckpointInfo | SaveHandle:
+        """Write a checkpoint and commit it (together). It is on the disk when this returns, or, without `wait`, later.
 
         Args:
             tensors: shared ones: the same on every rank that has them, or Shards of one whole. Each is written once.
             values: shared trees of plain values and tensors (state.py); rank 0's are written.
             rank_values, rank_tensors: what each rank keeps for itself, such as random states.
             meta: small plain values, readable without opening a file: counters, plan, `metrics`. Rank 0's are written.
+            remove: steps that are deleted once this one is committed, as by `remove`.
+            wait: False copies this rank's share and writes it on a thread (background.py). The copy is made when this
+                returns: the tensors may change. Only one such save is under way: the next one of this world waits for it.
+            on_failure: called on the thread when nothing could be committed.
+        Returns: the committed checkpoint; without `wait` a SaveHandle, whose `wait()` returns it.
         Raises:
             ConfigError: something in it cannot be saved; the message has its name.
             CheckpointError: it could not be written. Nothing was committed, on any rank; what was there is untouched.
+                Or the save under way before it failed; then this one was not begun.
         """
+        self._background.settle()
         meta = meta or {}
         job = Job(step, self._world.rank, self._world.size)
         what = f"Saving step {step}"
-        prepared = self._try(lambda: job.prepare(tensors, values, rank_values or {}, rank_tensors or {}, meta))
-        reports = self._agree(what, prepared)
+        agree = self._together.agree
+        prepared = attempt(lambda: job.prepare(tensors, values, rank_values or {}, rank_tensors or {}, meta))
+        reports = agree(what, prepared)
         others = self._exchange(job, reports)
-        planned = self._agree(what, self._try(lambda: job.plan(others)))
+        planned = agree(what, attempt(lambda: job.plan(others)))
         needed = planned[0] + sum(report["bytes"] for report in reports)
-        temporary = self.root / self._from_main(what, lambda: self._open_temporary(step, needed))
+        going = set(remove)
+        if wait:
+            return self._finish(job, needed, going, self._together, None)
+        self._background.open(self._world)
+        _, error = attempt(lambda: job.stage(self._background.staging))
+        return self._background.start(
+            step, lambda ranks: self._finish(job, needed, going, Together(ranks, self.root), error), on_failure
+        )
+
+    def _finish(self, job: Job, needed: int, going: set[int], together: Together, error: Exception | None) -> CheckpointInfo:
+        """Write what is planned and commit it (together; perhaps on a thread, whose ranks are then those of `together`)."""
+        what = f"Saving step {job.step}"
+        on_main = together.ranks.rank == 0
+        temporary = self.root / together.from_main(what, lambda: self._open_temporary(job.step, needed))
         try:
-            written = self._agree(what, self._try(lambda: job.write(_wait_for(temporary))))
-            told = self._from_main(what, lambda: self._commit(job, temporary, written))
+            outcome = (None, error) if error else attempt(lambda: job.write(_wait_for(temporary)))
+            written = together.agree(what, outcome)
+            told = together.from_main(what, lambda: self._commit(job, temporary, written))
         except BaseException:
-            if self._world.rank == 0:
+            if on_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+        finally:
+            _unfinished.discard(temporary)
         path = self.root / told.pop("name")
         self._whole.add(path)
-        if self._world.rank == 0:
-            self._remove_replaced(step, path)
+        if on_main:
+            with contextlib.suppress(OSError):  # the save itself has succeeded
+                self._remove_replaced(job.step, path)
+                self._remove(going - {job.step})
         # Described from what rank 0 said: another machine may see the new name a moment later.
         return info_of(path, told)
 
@@ -159,11 +181,20 @@ class CheckpointStore:
         Raises:
             CheckpointError: another process has it.
         """
-        self._from_main("Opening", self._take)
+        self._together.from_main("Opening", self._take)
 
     def unclaim(self) -> None:
-        """Let other processes save in the folder. The next save takes it again."""
+        """Let other processes save in the folder, once no save is under way. The next save takes it again."""
+        self._background.join()
         self._lock = None
+
+    def settle(self) -> None:
+        """Wait until no save is under way, in this or another folder of this world.
+
+        Raises:
+            CheckpointError: the last one failed, and nobody was told yet.
+        """
+        self._background.settle()
 
     def _take(self) -> None:
         make_folder(self.root)
@@ -177,7 +208,7 @@ class CheckpointStore:
     def _open_temporary(self, step: int, needed: int) -> str:
         self._take()
         for name in os.listdir(self.root):
-            if name.startswith(TEMPORARY):
+            if name.startswith(TEMPORARY) and self.root / name not in _unfinished:
                 shutil.rmtree(self.root / name, ignore_errors=True)
         free = shutil.disk_usage(self.root).free
         if free < needed + _MARGIN:
@@ -186,6 +217,7 @@ class CheckpointStore:
                 "Free some space, keep fewer checkpoints, or choose another root."
             )
         name = f"{TEMPORARY}{folder_name(step)}-{secrets.token_hex(4)}"
+        _unfinished.add(self.root / name)
         os.mkdir(self.root / name)
         return name
 
@@ -235,10 +267,9 @@ class CheckpointStore:
         return self._sequence + 1, named[1] + 1 if named else 1
 
     def _remove_replaced(self, step: int, path: Path) -> None:
-        with contextlib.suppress(OSError):  # the save itself has succeeded
-            for other in self._folders():
-                if other != path and _step_of(other) == step and step not in self._claims.get("resumed", ()):
-                    self._delete(other)
+        for other in self._folders():
+            if other != path and _step_of(other) == step and step not in self._claims.get("resumed", ()):
+                self._delete(other)
 
     # -- find and read ------------------------------------------------------------------------------------------------
     def list(self) -> list[CheckpointInfo]:
@@ -254,7 +285,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: there are checkpoints, and none is whole.
         """
-        infos, broken = self._from_main("Looking for checkpoints", self._names)
+        self._background.join()
+        infos, broken = self._together.from_main("Looking for checkpoints", self._names)
         notes: list[str] = []
         for name in reversed(infos):
             faults = self._faults_together(self.root / name)
@@ -279,10 +311,12 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is no such checkpoint, or its manifest is damaged.
         """
+        self._background.join()
         path = self._path_of(target)
         checkpoint = Checkpoint(path)
         if path.parent == self.root:
-            self._claims["resumed"] = {checkpoint.step}
+            with self._claims_lock:
+                self._claims["resumed"] = {checkpoint.step}
         return checkpoint
 
     def verify(self, target: str | Path | int, *, full: bool = True) -> list[str]:
@@ -305,20 +339,23 @@ class CheckpointStore:
     # -- keep and delete ----------------------------------------------------------------------------------------------
     def protect(self, step: int, *, by: str = "user") -> None:
         """Never delete `step` until the same `by` releases it. For this process only, like every claim."""
-        self._claims.setdefault(by, set()).add(step)
+        with self._claims_lock:
+            self._claims.setdefault(by, set()).add(step)
 
     def release(self, step: int, *, by: str = "user") -> None:
-        self._claims.get(by, set()).discard(step)
+        with self._claims_lock:
+            self._claims.get(by, set()).discard(step)
 
     def remove(self, steps: Iterable[int]) -> Steps:
         """Delete the checkpoints of `steps` (together; rank 0 does it); return the steps that had to stay.
 
         A step stays that somebody protects or that was resumed from, and the last whole checkpoint always does.
         """
-        return self._from_main("Deleting checkpoints", lambda: self._remove(set(steps)))
+        return self._together.from_main("Deleting checkpoints", lambda: self._remove(set(steps)))
 
     def _remove(self, wanted: set[int]) -> Steps:
-        kept = {step for step in wanted if any(step in claimed for claimed in self._claims.values())}
+        with self._claims_lock:
+            kept = wanted & set[int]().union(*self._claims.values())
         folders = self._folders()
         going = [path for path in folders if _step_of(path) in wanted - kept]
         stays = [path for path in folders if path not in going]
@@ -331,17 +368,13 @@ class CheckpointStore:
 
     def prune(self, keep: Keep) -> Steps:
         """Delete what no rule of `keep` names (together); return the steps that are gone. See `remove` for what stays."""
-        return self._from_main("Deleting checkpoints", lambda: self._prune(keep))
+        return self._together.from_main("Deleting checkpoints", lambda: self._prune(keep))
 
     def _prune(self, keep: Keep) -> Steps:
         if not (keep.last or keep.best or keep.every):
             return []
         infos = self.list()
-        kept = {info.step for info in infos[len(infos) - keep.last :]} if keep.last else set[int]()
-        kept |= {info.step for info in infos if keep.every and info.step % keep.every == 0}
-        scored = [(score, info.step) for info in infos if (score := _score(info, keep.metric)) is not None]
-        kept |= {step for _, step in sorted(scored, reverse=keep.mode == "max")[: keep.best]}
-        going = {info.step for info in infos} - kept
+        going = {info.step for info in infos} - keep.chosen(infos)
         return sorted(going - set(self._remove(going)))
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -421,39 +454,6 @@ class CheckpointStore:
         shutil.rmtree(gone, ignore_errors=True)  # what is left of it goes at the next save
         return True
 
-    # -- one outcome on all ranks -------------------------------------------------------------------------------------
-    def _try(self, action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-        try:
-            return action(), None
-        except Exception as error:
-            return None, error
-
-    def _agree(self, what: str, outcome: tuple[Any, Exception | None]) -> list[Any]:
-        """Tell each other how it went; return all reports, or raise on every rank what went wrong on any."""
-        result, error = outcome
-        told = {"failure": _describe(error) if error else None, "report": result}
-        answers = self._world.gather_json(told)
-        for rank, answer in enumerate(answers):
-            if answer["failure"]:
-                raise self._failure(what, rank, answer["failure"]) from (error if rank == self._world.rank else None)
-        return [answer["report"] for answer in answers]
-
-    def _from_main(self, what: str, action: Callable[[], T]) -> T:
-        """Do something on rank 0 and tell all ranks the result, or raise on all of them."""
-        result, error = self._try(action) if self._world.rank == 0 else (None, None)
-        told = self._world.broadcast_json({"failure": _describe(error) if error else None, "result": result})
-        if told["failure"]:
-            raise self._failure(what, 0, told["failure"]) from error
-        return told["result"]
-
-    def _failure(self, what: str, rank: int, failure: Mapping[str, str]) -> DrivetrainError:
-        where = f"[rank {rank}/{self._world.size}] " if self._world.size > 1 else ""
-        text = f"{where}{what} in {self.root} failed: {failure['text']}"
-        if failure["kind"] == "config":
-            return ConfigError(text)
-        committed = "\nNothing was committed; the earlier checkpoints are untouched." if what.startswith("Saving") else ""
-        return CheckpointError(text + committed)
-
 
 def _step_of(path: Path) -> int:
     return (parse_folder(path.name) or (-1, 0))[0]
@@ -470,19 +470,6 @@ def _wait_for(folder: Path) -> Path:
             )
         time.sleep(0.05)
     return folder
-
-
-def _describe(error: Exception) -> dict[str, str]:
-    text = str(error) if isinstance(error, DrivetrainError) else f"{type(error).__name__}: {error}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        text += ". Free some space, keep fewer checkpoints, or choose another root."
-    return {"kind": "config" if isinstance(error, ConfigError) else "checkpoint", "text": text}
-
-
-def _score(info: CheckpointInfo, metric: str | None) -> float | None:
-    metrics = info.meta.get("metrics")
-    value = metrics.get(metric) if isinstance(metrics, Mapping) and metric else None
-    return float(value) if isinstance(value, int | float) and value == value else None
 
 
 def _human(size: int) -> str:
