@@ -142,6 +142,7 @@ class Runtime:
         self.run_folder: RunFolder | None = None
         self._boundary: Boundary | None = None
         self._broken_off = False  # what is saved is `_boundary`
+        self.notes_steps = False  # whether the state is noted after every step, for a Checkpoint(save_on_exception=True)
         self._asked_meanwhile = 0
         self._tokens: Tensor | None = None  # counted on a device since the last `catch_up`
 
@@ -371,6 +372,8 @@ class Runtime:
             self._broken_off = True
             self.obey(left.code)
         else:
+            if not self.notes_steps:
+                self._boundary = None  # it holds copies of the callbacks' states
             self.agree()
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class Job:
     plateau: bool = True
     validate: bool = True
     sgd: bool = False
+    manual: bool = False
     step_s: float = 0.0
     validation_s: float = 0.0
     fail_at: tuple[int, int] | None = None
@@ -120,6 +121,7 @@ class Module(TrainingModule):
     def __init__(self, job: Job, ledger: Ledger) -> None:
         super().__init__()
         self.job, self.ledger = job, ledger
+        self.automatic_optimization = not job.manual
         torch.manual_seed(1)
         middle = [nn.BatchNorm1d(8)] if job.batch_norm else []
         self.net = nn.Sequential(nn.Linear(6, 8), *middle, nn.Tanh(), nn.Dropout(job.dropout), nn.Linear(8, 1))
@@ -137,6 +139,11 @@ class Module(TrainingModule):
         loss = nn.functional.mse_loss(prediction, y)
         self.log("train_loss", loss, on_step=True, on_epoch=True)
         self.log("samples", float(len(real)), on_step=False, on_epoch=True, reduce="sum")
+        if self.job.manual:
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
         if self.job.num_items:
             return {"loss": nn.functional.mse_loss(prediction, y, reduction="sum"), "num_items": len(real)}
         return loss

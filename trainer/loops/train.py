@@ -47,7 +47,7 @@ class TrainLoop:
         self._next_event = 0
         self._log_due = False
         # Only a checkpoint on an exception needs the state before the step that failed: to note it costs what a save collects.
-        self._notes = any(getattr(c, "save_on_exception", False) for c in trainer.callbacks)
+        trainer.notes_steps = any(getattr(c, "save_on_exception", False) for c in trainer.callbacks)
 
     def run(self) -> None:
         """Train until an epoch, step or time limit, a stop request, or the end of what the loader gives."""
@@ -78,7 +78,7 @@ class TrainLoop:
             self._end_epoch()
 
     def _note(self) -> None:
-        if self._notes:
+        if self.trainer.notes_steps:
             self.trainer.note(buffers=True)
 
     def _epoch(self, resumed: bool) -> bool:
@@ -89,7 +89,7 @@ class TrainLoop:
         batch_start, batch_end, automatic = hooks.on_train_batch_start, hooks.on_train_batch_end, self.automatic
         log_every, several, checks_time = trainer.log_every_n_steps, accelerator.world.size > 1, trainer.clock.limit is not None
         max_steps = _NEVER if trainer.max_steps is None else trainer.max_steps
-        before, notes = progress.batches, self._notes
+        before, notes = progress.batches, trainer.notes_steps
         for batch in loader:
             batch_idx = progress.batch_in_epoch
             if batch_start and self._any_skips(batch_start, batch, batch_idx):
