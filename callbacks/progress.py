@@ -80,7 +80,7 @@ class ProgressBar(Callback):
         bar, progress = self._bar, trainer.progress
         if bar is not None:
             epochs = f"/{trainer.max_epochs}" if trainer.max_epochs is not None else ""
-            bar.set_description_str(f"epoch {progress.epoch + 1}{epochs}", refresh=False)
+            bar.set_description_str(f"epoch {_running_epoch(trainer)}{epochs}", refresh=False)
             bar.set_postfix_str("  ".join(_values(self._values)), refresh=False)
             bar.n = progress.global_step
             bar.refresh()
@@ -96,7 +96,7 @@ class ProgressBar(Callback):
     def _print_line(self, trainer: TrainerView, shown: dict[str, float], step: int) -> None:
         """One line. The first one of a step also has the learning rate, the speed and the time to go."""
         total = f"/{self._total}" if self._total is not None else ""
-        parts = [f"step {step}{total}", f"epoch {trainer.progress.epoch + 1}", *_values(shown)]
+        parts = [f"step {step}{total}", f"epoch {_running_epoch(trainer)}", *_values(shown)]
         if step > self._last[1]:
             now = (time.perf_counter(), step, trainer.progress.samples)
             parts += [f"{name} {rate:.1e}" for name, rate in learning_rates(trainer.optimizers).items() if name not in shown][:2]
@@ -234,6 +234,12 @@ def _stride(batches: int, seconds: float) -> int:
     At most 16, so that batches which become slow do not leave an old bar on the screen.
     """
     return min(16, max(1, int(batches * _INTERVAL_S / 2 / max(seconds, 1e-9))))
+
+
+def _running_epoch(trainer: TrainerView) -> int:
+    """The epoch that runs, counted from 1; behind the last one, that one."""
+    number = trainer.progress.epoch + 1
+    return number if trainer.max_epochs is None else min(number, max(1, trainer.max_epochs))
 
 
 def _total_steps(trainer: TrainerView) -> int | None:

@@ -210,3 +210,14 @@ def test_no_thread_is_started_for_the_bar(view: Any) -> None:
     assert threading.active_count() == before
     callback.on_exception(view, view.module, ValueError())
     assert callback._bar is None
+
+
+def test_the_epoch_shown_is_never_beyond_the_last(view: Any) -> None:
+    """Behind the last epoch the counter stands at the number of epochs, which would read as one more."""
+    from drivetrain.callbacks.progress import _running_epoch
+
+    view.max_epochs = 3
+    view.progress.epoch = 3
+    assert _running_epoch(view) == 3
+    view.progress.epoch = 1
+    assert _running_epoch(view) == 2
