@@ -1,7 +1,10 @@
-"""A byte-level GPT on real text, on any number of processes: python examples/02_gpt.py --devices 2 --precision bf16-mixed
+"""A byte-level GPT on real text, on any number of processes.
 
-The model is plain PyTorch; `training_step` returns the sum over tokens with their count, so the mean is exact however the batch
-is cut. The same file runs on one process, on two, and under torchrun, and gives the same losses for the same global batch.
+python examples/02_gpt.py --devices 2 --precision bf16-mixed
+
+The model is plain PyTorch; `training_step` returns the sum over bytes with their count, so the mean is exact however the batch
+is cut. One process, two, and two under torchrun give the same losses. Two things make it learn fast on a CPU: each byte comes
+with the pair and the triple that it ends, and attention falls with distance (Press et al. 2021, arXiv:2108.12409).
 """
 
 from __future__ import annotations
@@ -17,21 +20,25 @@ from text import standard_library, windows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+LINES = 16384  # of the tables of pairs and triples
+FADES = (0.5, 0.03)  # by how much a head's attention falls with each byte of distance: one looks near, one far
+
 
 class Block(nn.Module):
     """Attention and a two-layer perceptron, each behind a LayerNorm and beside a shortcut. x: (batch, length, width)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = heads
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         batch, length, width = x.shape
-        q, k, v = self.qkv(self.norm_1(x)).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        q, k, v = self.qkv(self.norm_1(x)).view(batch, length, 3, len(FADES), width // len(FADES)).permute(2, 0, 3, 1, 4)
+        # By hand: at this size the backward of F.scaled_dot_product_attention takes half of the step on a CPU.
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + bias
+        mixed = scores.softmax(-1).to(v.dtype) @ v
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         return x + self.down(F.gelu(self.up(self.norm_2(x))))
 
@@ -39,21 +46,33 @@ class Block(nn.Module):
 class GPT(TrainingModule):
     """A GPT over the 256 byte values, its output tied to its embedding."""
 
+    bias: Tensor
+
     def __init__(
-        self, width: int = 128, layers: int = 4, heads: int = 4, length: int = 128, learning_rate: float = 3e-3, steps: int = 500
+        self, width: int = 128, layers: int = 3, length: int = 128, learning_rate: float = 3e-3, steps: int = 500
     ) -> None:
         super().__init__()
         self.length, self.learning_rate, self.steps = length, learning_rate, steps
-        self.tokens, self.positions = nn.Embedding(256, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
+        self.bytes, self.pairs, self.triples = nn.Embedding(256, width), nn.Embedding(LINES, 32), nn.Embedding(LINES, 32)
+        self.mix = nn.Linear(64, width, bias=False)
+        self.blocks = nn.ModuleList([Block(width) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
-        for embedding in (self.tokens, self.positions):
+        for embedding in (self.bytes, self.pairs, self.triples):
             nn.init.normal_(embedding.weight, std=0.02)
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        fading = -torch.tensor(FADES)[:, None, None] * distance
+        self.register_buffer("bias", fading.masked_fill(distance < 0, -math.inf), persistent=False)  # (heads, length, length)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (batch, length) -> logits (batch, length, 256)."""
-        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
-        return F.linear(self.norm(self.blocks(x)), self.tokens.weight)
+        before, two_before = F.pad(ids, (1, 0))[:, :-1], F.pad(ids, (2, 0))[:, :-2]
+        pairs = self.pairs((before * 128 + ids) % LINES)
+        triples = self.triples((two_before * 1_000_003 + before * 31_337 + ids * 7_919) % LINES)
+        x = self.bytes(ids) + self.mix(torch.cat([pairs, triples], -1))
+        bias = self.bias[:, : ids.shape[1], : ids.shape[1]]
+        for block in self.blocks:
+            x = block(x, bias)
+        return F.linear(self.norm(x), self.bytes.weight)
 
     def loss(self, batch: Any) -> tuple[Tensor, int]:
         """The summed cross entropy of the next byte, and how many bytes that is."""
@@ -70,10 +89,7 @@ class GPT(TrainingModule):
         self.log("val_loss", loss / count, batch_size=count, prog_bar=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        decayed = [p for p in self.parameters() if p.dim() > 1]
-        others = [p for p in self.parameters() if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95), fused=True)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), fused=True)
         warm = max(1, min(50, self.steps // 10))
 
         def factor(step: int) -> float:
@@ -83,7 +99,7 @@ class GPT(TrainingModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @torch.no_grad()
-    def generate(self, prompt: bytes, count: int, temperature: float = 0.7, seed: int = 0) -> bytes:
+    def generate(self, prompt: bytes, count: int, temperature: float = 0.5, seed: int = 0) -> str:
         """Continue `prompt` by `count` bytes, drawn one after the other."""
         generator = torch.Generator().manual_seed(seed)
         ids = torch.tensor([list(prompt)])
@@ -91,7 +107,7 @@ class GPT(TrainingModule):
             logits = self(ids[:, -self.length :])[0, -1].float()
             chosen = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
             ids = torch.cat([ids, chosen[None]], 1)
-        return bytes(ids[0].tolist())
+        return bytes(ids[0].tolist()).decode("utf-8", "replace")
 
 
 def loaders(length: int, batch_size: int, limit: int | None = None) -> tuple[DataLoader, DataLoader, str]:
@@ -106,25 +122,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--max-steps", type=int, default=200)
-    parser.add_argument("--global-batch-size", type=int, default=32)
+    parser.add_argument("--max-steps", type=int, default=300)
+    parser.add_argument("--global-batch-size", type=int, default=16)
     options = parser.parse_args()
-    torch.manual_seed(0)
-    model = GPT(steps=options.max_steps)
-    train, held_out, note = loaders(model.length, batch_size=options.global_batch_size // options.devices, limit=2_000_000)
     trainer = Trainer(
         devices=options.devices,
         precision=options.precision,
         max_steps=options.max_steps,
         gradient_clip_val=1.0,
         val_check_interval=100,
-        limit_val_batches=20,
+        limit_val_batches=40,
         log_every_n_steps=10,
         name="gpt",
         seed=0,
     )
+    model = GPT(steps=options.max_steps)
+    train, held_out, note = loaders(model.length, batch_size=options.global_batch_size // options.devices, limit=2_000_000)
     trainer.fit(model, train, held_out)
     trainer.print(note)
+    if trainer.accelerator.is_main_process:
+        print(model.generate(b"def read_lines(path):\n", count=200))
 
 
 if __name__ == "__main__":

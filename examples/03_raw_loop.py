@@ -1,4 +1,6 @@
-"""The raw API: your own loop, with `Accelerator`; the same numbers as the Trainer's. python examples/03_raw_loop.py
+"""The raw API: your own loop, with `Accelerator`; the same numbers as the Trainer's.
+
+python examples/03_raw_loop.py
 
 Everything is in sight: what `prepare` returned, the window of micro-batches, backward, clipping and the step. The last lines
 train the same model with the Trainer and compare every loss, bit for bit.
@@ -72,8 +74,11 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=40)
     options = parser.parse_args()
     raw, trained = raw_loop(options.max_steps), with_trainer(options.max_steps)
-    print(f"raw loop: {raw[0]:.4f} -> {raw[-1]:.4f}; trainer: {trained[0]:.4f} -> {trained[-1]:.4f}; equal: {raw == trained}")
+    print("micro-batch  raw loop            trainer")
+    for i in range(0, len(raw), max(1, len(raw) // 8)):
+        print(f"{i:11}  {raw[i]:<18}  {trained[i]:<18}")
     assert raw == trained
+    print(f"all {len(raw)} losses are equal, bit for bit")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""A callback of your own: a plain subclass. This one keeps the largest gradient norm that it has seen, across resumes."""
+"""A callback of your own: a plain subclass. This one draws the loss as a line of blocks; a resumed run goes on drawing.
+
+python examples/04_own_callback.py
+"""
 
 import argparse
 from importlib import import_module
@@ -9,23 +12,39 @@ from drivetrain import Callback, Trainer
 quickstart = import_module("01_quickstart")
 
 
-class LargestGradient(Callback):
-    largest = 0.0
+class Sparkline(Callback):
+    """Collects the loss of every log point; `state_dict` goes into each checkpoint."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
 
     def on_log(self, trainer: Any, module: Any, metrics: dict[str, float], step: int) -> None:
-        self.largest = max(self.largest, metrics.get("grad_norm", 0.0))
+        if "loss" in metrics:
+            self.losses.append(metrics["loss"])
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        line = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * loss / self.losses[0]))] for loss in self.losses)
+        trainer.print(f"{line}  {self.losses[0]:.2f} -> {self.losses[-1]:.2f}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"largest": self.largest}
+        return {"losses": self.losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.largest = state["largest"]
+        self.losses = state["losses"]
+
+
+def train(steps: int, every: int, resume: str | None = None) -> None:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        max_steps=steps, log_every_n_steps=every, callbacks=[Sparkline()], resume=resume, name="own_callback", seed=0, **quiet
+    )
+    trainer.fit(quickstart.Digits(), quickstart.data()[0])
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--max-steps", type=int, default=60)
-    callback = LargestGradient()
-    trainer = Trainer(max_steps=parser.parse_args().max_steps, log_every_n_steps=2, callbacks=[callback], name="own_callback")
-    trainer.fit(quickstart.Digits(), quickstart.data()[0])
-    print(f"the largest gradient norm: {callback.largest:.3f}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--max-steps", type=int, default=120)
+    steps = parser.parse_args().max_steps
+    every = max(1, steps // 60)
+    train(steps // 2, every)
+    train(steps, every, resume="auto")  # another trainer, another callback: the line goes on where it stood
