@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from drivetrain import Accelerator, Trainer, TrainingModule
+from drivetrain import Accelerator, Callback, Trainer, TrainingModule
 from drivetrain.strategies.world import World
 from drivetrain.trainer.data.randomness import mix
 from torch import Tensor, nn
@@ -79,9 +79,21 @@ class Found:
     rates: list[tuple[float, ...]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
+    logged: list[float] = field(default_factory=list)  # the loss of every step, as the Trainer logs it
 
     def means(self) -> list[float]:
         return [total / count if count else 0.0 for total, count in self.losses]
+
+
+class Logged(Callback):
+    """Keeps the loss of every log point."""
+
+    def __init__(self, found: Found) -> None:
+        self.found = found
+
+    def on_log(self, trainer: Any, module: Any, metrics: dict[str, float], step: int) -> None:
+        if "loss" in metrics:
+            self.found.logged.append(metrics["loss"])
 
 
 class Net(TrainingModule):
@@ -185,7 +197,9 @@ def plain_loop(case: Case) -> Found:
                 continue
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            (sum(total for total, _ in window) / count).backward()  # pyright: ignore[reportAttributeAccessIssue]
+            loss = sum(total for total, _ in window) / count
+            loss.backward()  # pyright: ignore[reportAttributeAccessIssue]
+            found.logged.append(loss.item())  # pyright: ignore[reportAttributeAccessIssue]
             for optimizer in optimizers:
                 parameters = optimizer.param_groups[0]["params"]
                 if case.clip is not None:
@@ -213,6 +227,8 @@ def by_trainer(case: Case, ranks: int, root: Path) -> Found:
     trainer = Trainer(
         **QUIET,
         root=root,
+        callbacks=Logged(net.found),
+        log_every_n_steps=1,
         max_epochs=case.epochs,
         accumulate_grad_batches=case.window,
         gradient_clip_val=value,
@@ -287,9 +303,10 @@ def merged(founds: Sequence[Found]) -> Found:
     for other in founds[1:]:
         assert other.rates == first.rates
         assert other.steps == first.steps
+        assert other.logged == first.logged
         assert all(torch.equal(other.weights[n], w) for n, w in first.weights.items())
     losses = [(sum(t for t, _ in parts), sum(c for _, c in parts)) for parts in zip(*(f.losses for f in founds), strict=True)]
-    return Found(losses, first.rates, first.weights, first.steps)
+    return Found(losses, first.rates, first.weights, first.steps, first.logged)
 
 
 def compare(case: Case, found: Found, truth: Found) -> None:
@@ -297,6 +314,8 @@ def compare(case: Case, found: Found, truth: Found) -> None:
     assert found.steps == truth.steps
     assert found.rates == truth.rates
     assert found.means() == pytest.approx(truth.means(), rel=loss_limit, abs=loss_limit * 1e-3)
+    if found.logged:
+        assert found.logged == pytest.approx(truth.logged, rel=1e-5)
     for name, weight in truth.weights.items():
         torch.testing.assert_close(found.weights[name], weight, rtol=weight_limit, atol=weight_limit * 0.1)
 

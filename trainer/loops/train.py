@@ -162,7 +162,7 @@ class TrainLoop:
         if isinstance(loss, Tensor) and self.trainer.logs_loss:
             items = output.get("num_items") if isinstance(output, dict) else None
             if items is not None:  # a sum over items: its mean, weighted by them
-                loss = loss.detach() / items if not isinstance(items, Tensor) else loss.detach() / items.clamp(min=1)
+                loss = loss.detach() / (items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1))
             self.metrics.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, weight=items)
 
     def _finish_window(self, optimizers: list[Any]) -> None:
