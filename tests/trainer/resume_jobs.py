@@ -160,8 +160,8 @@ class Module(TrainingModule):
             return torch.optim.SGD(self.parameters(), lr=0.01)
         optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
         schedulers: list[Any] = [
-            {"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99), "interval": "step"},
-            {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9), "interval": "epoch"},
+            {"scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50), "interval": "step"},
+            {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.9), "interval": "epoch"},
         ]
         if self.job.plateau and self.job.validate:
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)

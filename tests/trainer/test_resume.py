@@ -61,7 +61,7 @@ JOBS = {
     "accumulation": (Job(options={"accumulate_grad_batches": 3}), (2, 4, 5), (1,)),
     "clipped sums": (Job(num_items=True, epochs=2, options={"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}), (2, 4), ()),
     "validation by step": (Job(epochs=2, options={"val_check_interval": 4}), (4, 6, 8, 11), (0,)),
-    "every second epoch": (Job(options={"check_val_every_n_epoch": 2}), (12, 22), (0, 1)),
+    "every second epoch": (Job(epochs=4, options={"check_val_every_n_epoch": 2}), (12, 22), (0, 1)),
     "manual optimisation": (Job(epochs=2, manual=True), (4, 11), (0,)),
     "bf16-mixed": (Job(epochs=2, options={"precision": "bf16-mixed"}), (4, 11), ()),
     "max_steps at an epoch's end": (Job(epochs=2, options={"max_steps": 22}), (11, 22), ()),
