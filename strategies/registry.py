@@ -26,6 +26,9 @@ PRECISIONS: Mapping[str, str] = {
     "bf16-true": ".precision.mixed:BF16True",
     "fp16-true": ".precision.mixed:FP16True",
     "fp64": ".precision.mixed:FP64",
+    "fp8-ao": ".precision.float8_ao:Float8AO",
+    "fp8-ao-rowwise": ".precision.float8_ao:rowwise",
+    "fp8-ao-rowwise-gw-hp": ".precision.float8_ao:rowwise_gw_hp",
 }
 # The peers' spellings of the same thing.
 STRATEGY_ALIASES: Mapping[str, str] = {"single_device": "single", "no": "single", "ddp_spawn": "ddp", "ddp_fork": "ddp"}
@@ -42,6 +45,7 @@ PRECISION_ALIASES: Mapping[str, str] = {
     "64": "fp64",
     "64-true": "fp64",
     "float64": "fp64",
+    "fp8": "fp8-ao",
 }
 
 

@@ -103,10 +103,11 @@ def announce(trainer: Trainer) -> None:
     samples = trainer.train_loader.batch_samples
     batch = f"{samples * window.size} samples a step" if samples else f"{window.size} batches a step"
     resumed = f"step {trainer.progress.global_step}" if trainer.is_resumed else "new run"
+    asked = "asked for" if trainer.precision_asked is not None else "default"
     items = [
         ("device", str(trainer.world.device), f"{ranks} process{'es' if ranks > 1 else ''}; {trainer.world.device_reason}"),
         ("strategy", trainer.strategy.name, accelerator.strategy_reason),
-        ("precision", trainer.precision.name, "asked for" if trainer.precision_asked is not None else "default"),
+        ("precision", trainer.precision.name, "; ".join(n for n in (asked, trainer.precision.explain()) if n)),
         ("batch", batch, f"{window.size} micro-batch{'es' if window.size > 1 else ''} x {ranks} rank{'s' if ranks > 1 else ''}"),
         ("parameters", f"{parameters:,}", ""),
         ("run", str(folder.path), "; ".join([resumed, *folder.notes])),

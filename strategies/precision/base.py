@@ -60,5 +60,9 @@ class Precision:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
 
+    def explain(self) -> str:
+        """Return what became of the models, for the start-up lines; empty where there is nothing to say. After `convert`."""
+        return ""
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"

@@ -1,0 +1,146 @@
+"""float8 training by torchao: the Linears multiply 8-bit floats, in the forward pass and in the backward pass.
+
+    fp8-ao                  one scale for a whole tensor: the fastest
+    fp8-ao-rowwise          one scale for each row, powers of two: more exact
+    fp8-ao-rowwise-gw-hp    the same, and the weight's gradient in high precision: the most exact
+
+The weights stay in fp32 (so does the optimizer), activations in bf16 under autocast; each product casts both sides anew, with the
+scale of that moment. Nothing is kept between steps, so nothing has to be saved, and a resumed run goes on bit for bit.
+On several ranks each scales by its own part of the batch: losses agree with those of one rank within float8's error, not exactly.
+Source: torchao.float8 (0.18); Micikevicius et al. 2022, arXiv:2209.05433.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnknownName, suggest
+from . import _torchao
+from .base import Precision
+from .linears import Choice, LinearPrecision, Matmul
+
+__all__ = ["Float8AO", "Float8Recipe", "rowwise", "rowwise_gw_hp"]
+
+_SCALING = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
+
+
+@dataclass(frozen=True)
+class Float8Recipe(Choice):
+    """The knobs of `Float8AO`.
+
+    Args:
+        scaling: "tensorwise", "rowwise" or "rowwise_with_gw_hp" (torchao's names).
+        emulate: multiply in fp32 what was rounded to float8: to see the numerics on any device. None: only where the device
+            cannot multiply float8.
+        round_scales_to_power_of_2: None leaves it to the recipe (rowwise does).
+        skip, skip_first_and_last, min_features: which Linears; see `linears.Choice`.
+    """
+
+    scaling: str = "tensorwise"
+    emulate: bool | None = None
+    round_scales_to_power_of_2: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scaling not in _SCALING:
+            raise UnknownName(
+                f"scaling={self.scaling!r} is no float8 recipe.{suggest(self.scaling, _SCALING)} Known: {', '.join(_SCALING)}."
+            )
+
+
+class Float8AO(LinearPrecision):
+    """Linears in float8 by torchao.
+
+    Args:
+        recipe: a `Float8Recipe`, or the name of its scaling.
+        base: the precision of everything else: "bf16-mixed", "bf16-true" or "fp32".
+    """
+
+    name = "fp8-ao"
+    limits = (0.08, 0.15)
+
+    def __init__(self, recipe: Float8Recipe | str = "tensorwise", *, base: str | Precision = "bf16-mixed") -> None:
+        self.recipe = Float8Recipe(recipe) if isinstance(recipe, str) else recipe
+        if self.recipe.scaling != "tensorwise":
+            self.name = "fp8-ao-rowwise" if self.recipe.scaling == "rowwise" else "fp8-ao-rowwise-gw-hp"
+        super().__init__(self.recipe, base)
+
+    def device_reason(self, device: torch.device) -> str | None:
+        """A CPU, or CUDA from compute capability 8.9 (rowwise: 9.0); with `emulate=True` any."""
+        if reason := _torchao.missing(f"precision={self.name!r}"):
+            return reason
+        if self.recipe.emulate or device.type == "cpu":
+            return None
+        if device.type != "cuda":
+            return (
+                f"precision={self.name!r} was asked for on {device.type}, which torchao's float8 does not know. "
+                "Use precision='bf16-mixed', or Float8AO(Float8Recipe(emulate=True)) to see its numerics."
+            )
+        least = (8, 9) if self.recipe.scaling == "tensorwise" else (9, 0)
+        found = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and found < least:
+            return (
+                f"precision={self.name!r} needs CUDA compute capability {least[0]}.{least[1]} or newer; "
+                f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}. Use precision='bf16-mixed'."
+            )
+        return None
+
+    def make_matmul(self, device: torch.device) -> Matmul:
+        recipe = self.recipe
+        emulate = recipe.emulate if recipe.emulate is not None else not _multiplies_float8(device)
+        return Float8Matmul(recipe.scaling, emulate, recipe.round_scales_to_power_of_2, wanted_by=f"precision={self.name!r}")
+
+    def explain(self) -> str:
+        emulated = self.recipe.emulate or (self.recipe.emulate is None and not _multiplies_float8(self._device))
+        return super().explain() + ("; emulated in fp32" if emulated else "")
+
+
+class Float8Matmul:
+    """input @ weight.T with both sides in float8, and the two products of the backward pass likewise."""
+
+    multiple = 16
+
+    def __init__(self, scaling: str, emulate: bool, power_of_2: bool | None, *, wanted_by: str) -> None:
+        float8 = _torchao.load("float8", wanted_by=wanted_by)
+        linear = _torchao.load("float8.float8_linear", wanted_by=wanted_by)
+        options: dict[str, Any] = {"emulate": emulate}
+        if power_of_2 is not None:
+            options["round_scales_to_power_of_2"] = power_of_2
+        self.config = replace(float8.Float8LinearConfig.from_recipe_name(scaling), **options)
+        # The way from a config to that of the three products is in the constructor of torchao's module only.
+        self.products = linear.Float8Linear(16, 16, bias=False, config=self.config, device="meta").linear_mm_config
+        self.function = linear.matmul_with_hp_or_float8_args
+        self.scaling = scaling
+
+    def __call__(self, input: Tensor, weight: Tensor) -> Tensor:
+        return self.function.apply(input, weight.t(), self.products, self.config)
+
+    def __repr__(self) -> str:
+        return f"float8 {self.scaling}{', emulated' if self.config.emulate else ''}"
+
+
+def rowwise() -> Float8AO:
+    """fp8-ao-rowwise."""
+    return Float8AO("rowwise")
+
+
+def rowwise_gw_hp() -> Float8AO:
+    """fp8-ao-rowwise-gw-hp."""
+    return Float8AO("rowwise_with_gw_hp")
+
+
+def _multiplies_float8(device: torch.device) -> bool:
+    """Whether torch multiplies float8 on `device`: tried, since the answer depends on the build and on the processor."""
+    if device.type == "cuda":
+        return True  # `available` looked at its compute capability
+    a = torch.zeros(16, 16, device=device).to(torch.float8_e4m3fn)
+    one = torch.ones((), device=device)
+    try:
+        torch._scaled_mm(a, a.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True

@@ -1,0 +1,334 @@
+"""Linears that multiply in another number format: which are chosen, how they are swapped, and proof that it did something.
+
+Every backend of this kind is one function, `matmul(input, weight) -> output`, with its own backward pass. `swap` makes an
+`nn.Linear` a `LowPrecisionLinear` by changing its class: the module, its parameters and its hooks stay the same objects, so
+optimizers, checkpoints (the names and plain tensors of before), tied weights and DDP need to know nothing about it.
+
+    choose    every Linear of a model: converted, or skipped with the reason
+    swap      the chosen ones; `restore` takes it back
+    verify    each distinct shape, forward and backward, against high precision: near it, and not equal to bf16
+
+The last is there because the classic fault of such a backend is to do nothing, silently.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .base import Precision
+from .mixed import BF16Mixed, BF16True
+
+__all__ = ["Choice", "LinearPrecision", "LowPrecisionLinear", "Matmul", "Report", "choose", "layer_errors", "restore", "swap", "verify"]
+
+_SHOWN = 4  # how many names of one kind a line lists
+_ROWS = 53  # of the input of a check; no multiple of anything, so that the padding is checked too
+
+
+class Matmul(Protocol):
+    """input (..., in) and weight (out, in) -> (..., out) in the input's dtype, differentiable in both."""
+
+    multiple: int
+    """What the number of rows, and both sizes of a weight, must be a multiple of."""
+
+    def __call__(self, input: Tensor, weight: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which Linears are converted. The recipe of a backend is one, with its own knobs beside these.
+
+    Args:
+        skip: names that are left alone, with `*` and `?` as in file names: ("head", "blocks.0.*").
+        skip_first_and_last: leave the first and the last Linear of the model (in the order of its attributes) in high
+            precision: they see the raw input and make the output, and are the most sensitive.
+        min_features: Linears with fewer inputs or outputs are left alone. On an H100 float8 pays from about 1024 inputs and
+            2048 outputs on (torchao/float8/README.md).
+    """
+
+    skip: Sequence[str] = ()
+    skip_first_and_last: bool = True
+    min_features: int = 16
+
+    def __post_init__(self) -> None:
+        if isinstance(self.skip, str):
+            object.__setattr__(self, "skip", (self.skip,))
+
+
+@dataclass
+class Report:
+    """What became of the Linears of one model."""
+
+    model: str
+    converted: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """name -> reason"""
+    errors: dict[str, float] = field(default_factory=dict)
+    """one converted Linear of each shape -> relative error of its output, as `verify` found it"""
+
+    def __str__(self) -> str:
+        text = f"{len(self.converted)} of {len(self.converted) + len(self.skipped)} Linears"
+        if self.errors:
+            text += f", output off by {min(self.errors.values()):.1%} to {max(self.errors.values()):.1%}"
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            by_reason.setdefault(reason, []).append(name)
+        return "; ".join([text, *(f"not {_names(names)} ({reason})" for reason, names in by_reason.items())])
+
+
+class LowPrecisionLinear(nn.Linear):
+    """An `nn.Linear` whose product is made by `matmul`. Made by `swap`, never by its constructor."""
+
+    matmul: Matmul
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out), in autocast's dtype where autocast is on, as with nn.Linear, else in the input's.
+
+        Rows are filled up with zeros to a multiple of what the product needs, which changes neither it nor any scale.
+        """
+        device = input.device.type
+        cast = torch.is_autocast_enabled(device)
+        if cast:
+            input = input.to(torch.get_autocast_dtype(device))
+        # No product of a converted tensor may be cast once more.
+        with torch.autocast(device, enabled=False):
+            rows = input.numel() // self.in_features
+            fill = -rows % self.matmul.multiple
+            if fill:
+                padded = F.pad(input.reshape(rows, self.in_features), (0, 0, 0, fill))
+                output = self.matmul(padded, self.weight)[:rows].reshape(*input.shape[:-1], self.out_features)
+            else:
+                output = self.matmul(input, self.weight)
+            return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.matmul!r}"
+
+
+def choose(model: nn.Module, choice: Choice, multiple: int, name: str = "") -> Report:
+    """Return which Linears of `model` can and shall be converted.
+
+    Raises:
+        ConfigError: a pattern of `choice.skip` that meets no Linear.
+    """
+    report = Report(name or type(model).__name__)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for pattern in choice.skip:
+        if not any(fnmatch.fnmatchcase(n, pattern) for n in linears):
+            raise ConfigError(
+                f"skip={pattern!r} meets no Linear of {report.model}; it has {_names(list(linears)) or 'none'}. Correct it or leave it out."
+            )
+    ends = {n for n in (*list(linears)[:1], *list(linears)[-1:])} if choice.skip_first_and_last else set()
+    for n, module in linears.items():
+        reason = _reason(n, module, choice, multiple, ends)
+        if reason is None:
+            report.converted.append(n)
+        else:
+            report.skipped[n] = reason
+    return report
+
+
+def _reason(name: str, module: nn.Linear, choice: Choice, multiple: int, ends: set[str]) -> str | None:
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in choice.skip):
+        return "as asked"
+    if type(module) is not nn.Linear:
+        # Such as the output of nn.MultiheadAttention, whose weight is used without its forward: converting it would do nothing.
+        return f"a {type(module).__name__}, which has its own way to multiply"
+    if module.in_features % multiple or module.out_features % multiple:
+        return f"{module.in_features}x{module.out_features}, not multiples of {multiple}"
+    if min(module.in_features, module.out_features) < choice.min_features:
+        return f"smaller than {choice.min_features}"
+    return "first and last" if name in ends else None
+
+
+def swap(model: nn.Module, names: Sequence[str], matmul: Matmul) -> None:
+    """Make the Linears `names` of `model` multiply by `matmul`, in place."""
+    for name in names:
+        module = model.get_submodule(name)
+        module.__class__ = LowPrecisionLinear
+        module.matmul = matmul  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def restore(model: nn.Module) -> int:
+    """Make every `LowPrecisionLinear` of `model` a plain Linear again; return how many there were."""
+    found = [m for m in model.modules() if type(m) is LowPrecisionLinear]
+    for module in found:
+        del module.matmul
+        module.__class__ = nn.Linear
+    return len(found)
+
+
+def verify(model: nn.Module, report: Report, precision: str, limits: tuple[float, float], device: torch.device) -> None:
+    """Multiply by one converted Linear of each shape, forward and backward, and compare with high precision.
+
+    Its own weights are used, and random inputs of its shape. What is found is noted in `report.errors`.
+    Args:
+        limits: relative errors (2-norm of the difference over that of the truth): of the output, and of the gradients.
+    Raises:
+        ConfigError: an output that equals bf16's bit for bit (the backend does nothing), or an error above its limit.
+    """
+    seen: set[tuple[int, int, torch.dtype]] = set()
+    for name in report.converted:
+        module = model.get_submodule(name)
+        assert isinstance(module, LowPrecisionLinear)
+        shape = (module.out_features, module.in_features, module.weight.dtype)
+        if shape in seen:
+            continue
+        seen.add(shape)
+        errors = _errors(module, device)
+        report.errors[name] = errors["output"]
+        where = f"precision={precision!r}: {name} of {report.model}, {module.in_features}x{module.out_features},"
+        if errors["equal"]:
+            raise ConfigError(
+                f"{where} gives the output of bf16 bit for bit, so nothing was converted. That is a fault of the backend with "
+                "this version of torch or torchao. Use precision='bf16-mixed', or another backend."
+            )
+        for what, limit in (("output", limits[0]), ("input's gradient", limits[1]), ("weight's gradient", limits[1])):
+            if not errors[what] <= limit:
+                raise ConfigError(
+                    f"{where} has a relative error of {errors[what]:.3g} in its {what} where at most {limit:g} was expected. Its "
+                    f"weights may hold outliers: leave it in high precision, with skip=({name!r},) in the recipe."
+                )
+
+
+def _errors(module: LowPrecisionLinear, device: torch.device) -> dict[str, float]:
+    """Return the relative errors of the output and of both gradients, and whether the output equals bf16's."""
+    own = torch.Generator().manual_seed(0)  # the run's random numbers are not touched
+    weight = module.weight.detach()
+    if weight.is_meta or not weight.any():  # no values yet, or zeros (the B of a LoRA pair), which every format can hold
+        weight = torch.randn(weight.shape, generator=own) / weight.shape[1] ** 0.5
+    dtype = torch.bfloat16 if module.weight.dtype == torch.float32 else module.weight.dtype
+    weight = weight.to(device, module.weight.dtype)
+    x = torch.randn(_ROWS, module.in_features, generator=own).to(device, dtype)
+    grad = torch.randn(_ROWS, module.out_features, generator=own).to(device, dtype)
+    probe = copy.copy(module)
+    leaf = nn.Parameter(weight.clone())
+    probe.__dict__["_parameters"] = {"weight": leaf, "bias": None}
+    inputs = x.clone().requires_grad_()
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        output = probe.forward(inputs)
+        output.backward(grad)
+    assert inputs.grad is not None and leaf.grad is not None
+    exact, slope = weight.double(), grad.double()
+    return {
+        "equal": torch.equal(output.detach(), F.linear(x, weight.to(dtype))),
+        "output": relative_error(output, x.double() @ exact.T),
+        "input's gradient": relative_error(inputs.grad, slope @ exact),
+        "weight's gradient": relative_error(leaf.grad, slope.T @ x.double()),
+    }
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """Return the 2-norm of the difference over that of `truth`."""
+    truth = truth.detach().double()
+    return float((found.detach().double() - truth).norm() / truth.norm().clamp(min=1e-300))
+
+
+def layer_errors(model: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
+    """Call `run`, which runs `model` on real data, and return the relative error of every converted Linear's output on it."""
+    errors: dict[str, float] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, LowPrecisionLinear):
+
+            def compare(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+                assert isinstance(module, LowPrecisionLinear)
+                with torch.autocast(output.device.type, enabled=False):
+                    bias = None if module.bias is None else module.bias.double()
+                    errors[name] = relative_error(output, F.linear(inputs[0].double(), module.weight.double(), bias))
+
+            handles.append(module.register_forward_hook(compare))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return errors
+
+
+class LinearPrecision(Precision):
+    """Linears in a low precision; everything else as in `base`: bf16 autocast over fp32 weights, by default.
+
+    A subclass gives `name`, `limits`, `make_matmul` and `device_reason`. `reports` holds what became of each model.
+    """
+
+    limits: tuple[float, float] = (0.15, 0.25)
+
+    def __init__(self, choice: Choice, base: str | Precision = "bf16-mixed") -> None:
+        self.choice = choice
+        bases = {"bf16-mixed": BF16Mixed, "bf16-true": BF16True, "fp32": Precision}
+        if isinstance(base, str):
+            if base not in bases:
+                raise ConfigError(
+                    f"base={base!r} cannot hold what {self.name} leaves in high precision. Use one of {', '.join(map(repr, bases))}."
+                )
+            base = bases[base]()
+        self.base = base
+        self.param_dtype = base.param_dtype
+        self.autocast_dtype = base.autocast_dtype
+        self.reports: list[Report] = []
+        self._device = torch.device("cpu")
+
+    # What the subclass gives.
+    def make_matmul(self, device: torch.device) -> Matmul:
+        """Return the product, for `device`."""
+        raise NotImplementedError
+
+    def device_reason(self, device: torch.device) -> str | None:
+        """Return why `device` cannot do it, or None."""
+        return None
+
+    # What a strategy calls.
+    def available(self, device: torch.device) -> str | None:
+        self._device = device
+        return self.device_reason(device) or self.base.available(device)
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        """Convert the Linears of `model` that can be, and prove that it did something.
+
+        Raises:
+            ConfigError: none can be (the reasons are listed), or `verify` finds a fault.
+        """
+        matmul = self.make_matmul(self._device)
+        report = choose(model, self.choice, matmul.multiple)
+        if not report.converted:
+            why = "it has none" if not report.skipped else f"it has {str(report).partition('; ')[2]}"
+            raise ConfigError(
+                f"precision={self.name!r} found no Linear to convert in {report.model}: {why}. It would train in "
+                f"{self.base.name}, which is not what was asked for. {self.advice(report)}"
+            )
+        model = self.base.convert(model)
+        swap(model, report.converted, matmul)
+        verify(model, report, self.name, self.limits, self._device)
+        self.reports.append(report)
+        return model
+
+    def advice(self, report: Report) -> str:
+        """What to do about a model in which nothing can be converted."""
+        if any(reason == "first and last" for reason in report.skipped.values()):
+            return f"Give {type(self).__name__} a recipe with skip_first_and_last=False, or use precision={self.base.name!r}."
+        return f"Use precision={self.base.name!r}."
+
+    def convert_input(self, data: Any) -> Any:
+        return self.base.convert_input(data)
+
+    def autocast(self, device: torch.device) -> Any:
+        return self.base.autocast(device)
+
+    def explain(self) -> str:
+        """Return what was converted, for the start-up lines."""
+        return " | ".join(f"{r.model}: {r}" if len(self.reports) > 1 else str(r) for r in self.reports)
+
+
+def _names(names: Sequence[str] | Mapping[str, Any]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
