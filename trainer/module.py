@@ -83,15 +83,17 @@ class TrainingModule(nn.Module):
         """Return the loss of one batch: a scalar tensor, {"loss": tensor, ...}, or {"loss": sum, "num_items": count}."""
         raise ConfigError(f"{type(self).__name__} defines no training_step(batch, batch_idx). Define it and return the loss.")
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+    # The next three take (batch, batch_idx, dataloader_idx=0). They are written as they are so that a type checker takes yours
+    # without dataloader_idx too, which is passed only where there are several loaders.
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one batch, and `self.log` what you want to know: means count each sample of all ranks exactly once."""
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """The same for `Trainer.test`."""
 
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Return the prediction for one batch; by default `self(batch)`."""
-        return self(batch)
+        return self(args[0])
 
     def compute_loss(self, output: Any, batch: Any) -> Tensor:
         """Return the loss of a model output: what the last stage of a pipeline calls."""
