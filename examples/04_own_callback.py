@@ -34,7 +34,7 @@ class Sparkline(Callback):
 
 
 def train(steps: int, every: int, resume: str | None = None) -> None:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    quiet: Any = {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
         max_steps=steps, log_every_n_steps=every, callbacks=[Sparkline()], resume=resume, name="own_callback", seed=0, **quiet
     )

@@ -37,8 +37,9 @@ class AverageByHand(Strategy):
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         loss.backward(**kwargs)
-        for parameter in (p for model in self.models for p in model.parameters() if p.grad is not None and self.sync):
-            parameter.grad = self.world.all_reduce(parameter.grad, "mean")
+        for parameter in (p for model in self.models for p in model.parameters()):
+            if self.sync and parameter.grad is not None:
+                parameter.grad = self.world.all_reduce(parameter.grad, "mean")
 
 
 def main(steps: int) -> None:
