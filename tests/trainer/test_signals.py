@@ -204,6 +204,7 @@ def is_told(given: dict[str, Any], to: str, name: str) -> None:
     run = Started(given, script=True)
     try:
         run.wait_until(lambda: run.trained() >= 2 and len(run.ranks()) == 2)
+        assert run.poll() is None, run.output()
         os.kill(run.pid if to == "agent" else run.ranks()[int(to[-1])], getattr(signal, name))
         assert run.wait(30) == CODES[name], run.output()
     finally:
