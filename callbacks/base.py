@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -48,7 +48,8 @@ __all__ = ["Callback", "ProgressView", "SaveHandle", "TrainerView"]
 class ProgressView(Protocol):
     """Where the run is. Counts are over all ranks; the same on every rank.
 
-    `global_step` counts optimizer steps, however many optimizers there are. `batches` are micro-batches (per rank).
+    `global_step` counts optimizer steps, however many optimizers there are; `skipped` windows that ended without one. `batches`
+    are micro-batches (per rank).
     """
 
     epoch: int
@@ -58,13 +59,18 @@ class ProgressView(Protocol):
     samples: int
     tokens: int
     seconds: float
+    skipped: int
 
 
 class SaveHandle(Protocol):
-    """What `save_checkpoint` returns. `path` is where the checkpoint lies once it is committed."""
+    """What `save_checkpoint` returns: a save that may be under way. `path` is where it lies once it is committed, else None."""
 
-    path: Path
-
+    @property
+    def path(self) -> Path | None: ...
+    @property
+    def done(self) -> bool: ...
+    @property
+    def failed(self) -> bool: ...
     def wait(self) -> Path: ...
 
 
@@ -89,8 +95,17 @@ class TrainerView(Protocol):
     is_resumed: bool
     log_every_n_steps: int
 
+    nonfinite: str  # what happens when a loss or gradient is NaN or Inf: "raise", "skip" or "ignore"; may be set
+    leaving: int  # flags of strategies/control.py: why the run leaves; 0 while it does not
+
+    @property
+    def nonfinite_steps(self) -> int: ...  # steps left out because a gradient was NaN or Inf
+    def leave_out_above(self, limit: float | None) -> None: ...  # steps with a micro-batch whose mean loss is above it
+    def roll_back(self, to: int, reason: str) -> None: ...  # to a checkpoint, and on with the data that come now
     def stop(self, reason: str) -> None: ...
-    def save_checkpoint(self, path: str | Path | None = None, *, wait: bool = False) -> SaveHandle: ...
+    def save_checkpoint(
+        self, path: str | Path | None = None, *, wait: bool = False, remove: Iterable[int] = (), required: bool = True
+    ) -> SaveHandle: ...
     def print(self, text: str) -> None: ...
     def log(self, name: str, value: float | Tensor) -> None: ...
 

@@ -7,6 +7,7 @@
 Options and attributes have the names and the meaning of Lightning's ModelCheckpoint. What differs: `every` takes typed
 intervals (interval.py); several intervals may be given; `save_last` is on, since it is what a killed run goes on from; where
 the files lie is the run folder's matter. A checkpoint that is not kept is deleted only after a newer one is committed.
+The training waits for a copy of the state, not for the disk; a save that fails is raised after the step in which that is known.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import math
 import time
 from collections.abc import Iterable
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..strategies.errors import CheckpointError, ConfigError, unknown_name
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..strategies.checkpoint.store import CheckpointStore
-    from .base import ProgressView, TrainerView
+    from .base import ProgressView, SaveHandle, TrainerView
 
 __all__ = ["Checkpoint"]
 
@@ -40,6 +40,8 @@ _OPTIONS = (
         "every_n_minutes",
         "train_time_interval",
         "key",
+        "wait",
+        "on_error",
     ),
 )
 
@@ -74,6 +76,8 @@ class Checkpoint(Callback):
         every_n_minutes: float | None = None,
         train_time_interval: timedelta | None = None,
         key: str | None = None,
+        wait: bool = False,
+        on_error: str = "raise",
         **unknown: Any,
     ) -> None:
         """Without any interval: after each validation if there is a `monitor`, else at each epoch's end.
@@ -87,6 +91,9 @@ class Checkpoint(Callback):
             save_on_train_epoch_end: True: at epochs' ends too. False: never there, except by an interval in epochs.
             save_on_exception: one process only: many cannot save together when one of them failed.
             key: names the state of this callback in a checkpoint, when there are several of a kind.
+            wait: True: the training waits until each checkpoint is on the disk.
+            on_error: "raise" ends the training when a checkpoint cannot be written (a full disk); "warn" prints a warning
+                and goes on: what was saved before stays, and the next one is tried.
         Raises:
             ConfigError: an option that does not exist, or a value that makes no sense.
         """
@@ -94,11 +101,13 @@ class Checkpoint(Callback):
             raise _unknown_option(next(iter(unknown)))
         if mode not in ("min", "max"):
             raise ConfigError(f"Checkpoint(mode={mode!r}): expected 'min' or 'max'.")
+        if on_error not in ("raise", "warn"):
+            raise ConfigError(f"Checkpoint(on_error={on_error!r}): expected 'raise' or 'warn'.")
         if type(save_top_k) is not int or save_top_k < -1:
             raise ConfigError(f"Checkpoint(save_top_k={save_top_k!r}): expected a whole number, 0 for none or -1 for all.")
         self.monitor, self.mode, self.save_top_k, self.save_last = monitor, mode, save_top_k, save_last
         self.save_on_train_end, self.save_on_exception = save_on_train_end, save_on_exception
-        self._key = key
+        self._key, self.wait, self.on_error = key, wait, on_error
         given = [every] if isinstance(every, str | int | timedelta | Every) else list(every or ())
         given += [n for n in (every_n_steps, every_n_train_steps, train_time_interval) if n is not None]
         self.intervals = [Every.parse(e) for e in given]
@@ -126,6 +135,7 @@ class Checkpoint(Callback):
         self._started_s = 0.0
         self._started_step = 0
         self._store: CheckpointStore | None = None
+        self._saving: tuple[SaveHandle, list[tuple[int, float | None]], int | None] | None = None  # and what was kept before
 
     # -- what users read ----------------------------------------------------------------------------------------------
     @property
@@ -150,6 +160,7 @@ class Checkpoint(Callback):
         return self._key or (f"Checkpoint[{self.monitor},{self.mode}]" if self.monitor else "Checkpoint")
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what is kept, as it is once the save that is under way is committed."""
         return {
             "kept": [list(entry) for entry in self._kept],
             "last": self._last,
@@ -159,6 +170,9 @@ class Checkpoint(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._store is not None:
+            for step in self._steps():
+                self._store.release(step, by=self.state_key)
         self._kept = [(int(step), score) for step, score in state["kept"]]
         self._last = state["last"]
         self._removing = list(state["removing"])
@@ -168,9 +182,21 @@ class Checkpoint(Callback):
     # -- moments ------------------------------------------------------------------------------------------------------
     def on_train_start(self, trainer: TrainerView, module: nn.Module) -> None:
         self._store = trainer.store
+        self._started_s, self._started_step = time.monotonic(), trainer.progress.global_step
+        self._counts = [0.0 for _ in self.intervals]
+        self._begin(trainer)
+        if trainer.is_resumed:
+            trainer.store.protect(trainer.progress.global_step, by="resumed")
+
+    def on_load_checkpoint(self, trainer: TrainerView, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        if self._store is not None:  # in the middle of a training that was rolled back; a resumed one has not started yet
+            self._saving = None
+            self._begin(trainer)
+
+    def _begin(self, trainer: TrainerView) -> None:
+        """Go on from where the progress stands, with the checkpoints that are there."""
         progress = trainer.progress
-        self._started_s, self._started_step = time.monotonic(), progress.global_step
-        self._counts = [0.0 if e.is_time else e.now(progress) for e in self.intervals]
+        self._counts = [n if e.is_time else e.now(progress) for e, n in zip(self.intervals, self._counts, strict=True)]
         self._position = _position(progress)
         self._validated = False
         self._plan(trainer)
@@ -183,8 +209,6 @@ class Checkpoint(Callback):
         self._last = self._last if self._last in there else None
         for step in self._wanted():
             trainer.store.protect(step, by=self.state_key)
-        if trainer.is_resumed:
-            trainer.store.protect(progress.global_step, by="resumed")
 
     def on_sanity_check_start(self, trainer: TrainerView, module: nn.Module) -> None:
         self._sane = False
@@ -215,6 +239,7 @@ class Checkpoint(Callback):
     def on_train_end(self, trainer: TrainerView, module: nn.Module) -> None:
         if self.save_on_train_end and _position(trainer.progress) != self._position:
             self._write(trainer, self._score(trainer))
+        self._settle(trainer)
         if self.monitor is not None and not self._seen_monitor and trainer.progress.global_step > self._started_step:
             raise self._no_metric(trainer)
 
@@ -298,31 +323,60 @@ class Checkpoint(Callback):
         position = _position(trainer.progress)
         if position == self._position:
             return
-        step = trainer.progress.global_step
+        self._settle(trainer)
+        step, store = trainer.progress.global_step, trainer.store
         kept = self._ranked([entry for entry in self._kept if entry[0] != step], (step, score))
         if not self.save_last and all(entry[0] != step for entry in kept):
             return
-        before = (self._kept, self._last, self._removing)
+        before = (self._kept, self._last)
         old = set(self._steps())
         # The checkpoint holds this state as it is after the save, with what is to go: a kill in between loses nothing.
         self._kept, self._last = kept, step if self.save_last else None
         self._removing = sorted(old - set(self._wanted()))
         self.is_best = bool(kept) and kept[0][0] == step and (self.monitor is None or score is not None)
+        for gone in self._removing:
+            store.release(gone, by=self.state_key)
+        for wanted in self._wanted():
+            store.protect(wanted, by=self.state_key)
         try:
-            trainer.save_checkpoint(wait=wait)
+            handle = trainer.save_checkpoint(
+                wait=wait or self.wait, remove=self._removing, required=self.on_error == "raise" or wait
+            )
         except BaseException:
-            self._kept, self._last, self._removing = before
+            self._go_back(store, *before)
             raise
         finally:
             self.is_best = False
-        self._position = position
-        store = trainer.store
-        for wanted in self._wanted():
-            store.protect(wanted, by=self.state_key)
-        for gone in self._removing:
-            store.release(gone, by=self.state_key)
-        if self._removing:
-            self._removing = store.remove(self._removing)
+        self._saving, self._position = (handle, *before), position
+        if handle.done:
+            self._settle(trainer)
+
+    def _settle(self, trainer: TrainerView) -> None:
+        """Wait for the last save, and see what it left."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        handle, kept, last = saving
+        if self.on_error == "raise":
+            try:
+                handle.wait()
+            except BaseException:
+                self._go_back(trainer.store, kept, last)
+                raise
+        trainer.store.join()
+        if handle.failed:  # the trainer warns
+            self._go_back(trainer.store, kept, last)
+        self._removing = [step for step in self._removing if trainer.store.path_of(step) is not None]
+
+    def _go_back(self, store: CheckpointStore, kept: list[tuple[int, float | None]], last: int | None) -> None:
+        """Keep what was kept before a save that failed."""
+        steps = set(self._steps())
+        self._kept, self._last, self._position = kept, last, None
+        for step in self._wanted():
+            store.protect(step, by=self.state_key)
+        for step in steps - set(self._wanted()):
+            store.release(step, by=self.state_key)
+        self._removing = [step for step in sorted(steps - set(self._wanted())) if store.path_of(step) is not None]
 
     def _ranked(self, entries: list[tuple[int, float | None]], new: tuple[int, float | None]) -> list[tuple[int, float | None]]:
         """Return the entries that save_top_k leaves, best first."""
@@ -350,7 +404,12 @@ class Checkpoint(Callback):
         return [*self._wanted(), *self._removing]
 
     def _path(self, step: int) -> str:
-        path: Path | None = self._store.path_of(step) if self._store is not None else None
+        if self._store is None:
+            return ""
+        path = self._store.path_of(step)
+        if path is None:  # perhaps it is being written
+            self._store.join()
+            path = self._store.path_of(step)
         return str(path) if path is not None else ""
 
 

@@ -30,6 +30,7 @@ INTERRUPTED = 4  # Ctrl-C: leave with exit code 130
 TERMINATED = 8  # SIGTERM: leave with exit code 143
 REQUEUE = 16  # time limit or SIGUSR1: leave with exit code 75
 TRIGGER = 32  # Accelerator.set_trigger
+SAVE_FAILED = 64  # a checkpoint could not be written beside the training: raise that error
 
 _BITS = 16
 _SECONDS_BETWEEN = 1.0

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..strategies import control as codes
-from ..strategies.errors import ConfigError, suggest
+from ..strategies.errors import CheckpointError, ConfigError, suggest
 from . import state as run_state
 from .boundary import EPOCH, Boundary
 from .defaults import make_accelerator
 from .launch.script import ensure_ranks
-from .metric_objects import load_objects_state, merge_objects_states, objects_state
+from .running_values import RunningValues
+from .save_handle import Saving
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -52,52 +53,6 @@ class Leave(BaseException):
         self.code = code
 
 
-class Saving:
-    """A save that was asked for. `path` is where the checkpoint lies once it is committed; None until then."""
-
-    def __init__(self, folder: Path | None, meta: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.meta = meta
-        self.path: Path | None = None
-
-    def wait(self) -> Path:
-        """Return the path of the committed checkpoint.
-
-        Raises:
-            ConfigError: it was asked for before all that belongs to the step was done; it is written when it is.
-        """
-        if self.path is None:
-            raise ConfigError(
-                "This checkpoint was asked for while a step or an epoch's end was under way; it is written when that is done. "
-                "Ask for it in on_checkpoint_step or on_checkpoint_epoch to have it at once."
-            )
-        return self.path
-
-
-class _RunningValues:
-    """What was logged in the running epoch so far, as a provider: each rank has its own part."""
-
-    state_is_per_rank = True
-
-    def __init__(self, metrics: Metrics, module: TrainingModule) -> None:
-        self.metrics, self.module = metrics, module
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"values": self.metrics.state_dict(), "objects": objects_state(self.module)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.load_states([state])
-
-    def load_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Take this rank's part of the states of all ranks; on another number of ranks, rank 0 takes all of it."""
-        world = self.metrics.world
-        self.metrics.load_states([state["values"] for state in states])
-        if len(states) == world.size:
-            load_objects_state(self.module, states[world.rank]["objects"])
-        elif world.is_main:
-            merge_objects_states(self.module, [state["objects"] for state in states])
-
-
 class Runtime:
     """The state of a run, and what its loops and callbacks do with it."""
 
@@ -123,6 +78,8 @@ class Runtime:
         self.due: tuple[str, ...] = ()  # what a resumed run has to do first (boundary.py)
         self.in_window = False  # a step, or an epoch's end, is under way: no checkpoint can be taken
         self.pending_saves: list[Saving] = []
+        self.save_failed = False  # set by the thread that writes; taken up after the running step
+        self._saving: Saving | None = None  # the last one
         self.scheduler_configs: list[SchedulerConfig] = []
         self.step_schedulers: list[SchedulerConfig] = []
         self.epoch_schedulers: list[SchedulerConfig] = []
@@ -345,6 +302,8 @@ class Runtime:
     def obey(self, code: int) -> None:
         """Do what all ranks agreed on, at a boundary: save, and stop or leave."""
         reason = self.world.control.reason
+        if code & codes.SAVE_FAILED:
+            self.settle_saves()
         if code & codes.SAVE and self.options["enable_checkpointing"] and not self.fast_dev_run:
             self._save_now()
         if code & (codes.STOP | _KEPT_BY_SIGNAL):
@@ -378,23 +337,58 @@ class Runtime:
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
     def save_checkpoint(
-        self, path: str | Path | None = None, *, wait: bool = False, meta: Mapping[str, Any] | None = None
+        self,
+        path: str | Path | None = None,
+        *,
+        wait: bool = False,
+        meta: Mapping[str, Any] | None = None,
+        remove: Iterable[int] = (),
+        required: bool = True,
     ) -> Saving:
-        """Save the whole run; every rank calls it. Inside a step the checkpoint is written when all that belongs to it is done.
+        """Save the whole run; every rank calls it. The training waits for a copy of the state only, which a thread writes.
+
+        Inside a step this is done when all that belongs to the step is done. One save is under way; the next waits for it.
 
         Args:
             path: a folder that holds checkpoints; by default the run's own.
-            wait: raise when it cannot be written at once.
+            wait: return when it is committed; raise when it cannot be written at once.
             meta: small plain values to keep readable beside it.
+            remove: steps that are deleted once it is committed.
+            required: False: if it cannot be written, that is a warning, and the training goes on.
+        Raises:
+            CheckpointError: the save before could not be written. After the step in which that is known it is raised too.
         """
-        saving = Saving(None if path is None else Path(path), meta or {})
+        saving = Saving(None if path is None else Path(path), meta or {}, remove, required)
         if self.in_window:
             if wait:
                 saving.wait()
             self.pending_saves.append(saving)
         else:
             self._write(saving)
+            if wait:
+                self.settle_saves()
         return saving
+
+    def tell_of_failed_save(self) -> None:
+        """Let all ranks know that a checkpoint could not be written beside the training; they raise it at the same step."""
+        self.save_failed = False
+        self.world.control.request(codes.SAVE_FAILED, "a checkpoint could not be written")
+
+    def settle_saves(self) -> None:
+        """Wait until no save is under way.
+
+        Raises:
+            CheckpointError: the last one failed, it was required, and nobody was told yet.
+        """
+        saving, self.save_failed = self._saving, False
+        if saving is None or saving.handle is None:
+            return
+        try:
+            self.store.settle()
+        except CheckpointError as error:
+            if saving.required:
+                raise
+            self.print(f"warning: {error}")
 
     def write_pending_saves(self) -> None:
         """Write what was asked for inside the step that is now done."""
@@ -432,6 +426,7 @@ class Runtime:
         from ..strategies.checkpoint.store import CheckpointStore
 
         self.catch_up()
+        self.settle_saves()
         store = self.store if saving.folder is None else CheckpointStore(saving.folder, self.world)
         extra: dict[str, Any] = {}
         self.hooks.call("on_save_checkpoint", extra)
@@ -454,22 +449,28 @@ class Runtime:
             "is_best": any(getattr(c, "is_best", False) for c in self.callbacks),
             **saving.meta,
         }
-        info = store.save(
+        self._saving = saving
+        saving.handle = store.save(
             boundary.step,
             found.tensors,
             found.values,
             rank_values=found.rank_values,
             rank_tensors=found.rank_tensors,
             meta=meta,
+            remove=saving.remove,
+            wait=False,
+            on_failure=self._note_failed_save,
         )
-        saving.path = info.path
+
+    def _note_failed_save(self) -> None:
+        self.save_failed = True
 
     def providers(self) -> dict[str, Any]:
         """Return everything beside models and optimizers that a checkpoint holds, by name, in the order of restoring."""
         found: dict[str, Any] = {
             "progress": self.progress,
             "loader/train": self.train_loader,
-            "metrics/train": _RunningValues(self.train_metrics, self.module),
+            "metrics/train": RunningValues(self.train_metrics, self.module),
         }
         found |= {f"registered/{i}": o for i, o in enumerate(self.accelerator.registered)}
         found |= {f"callback/{c.state_key}": c for c in self.stateful_callbacks()}

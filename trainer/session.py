@@ -77,7 +77,14 @@ class Session:
                 trainer._tracking.close(status)
                 trainer._tracking = None
             if trainer._store is not None:
-                trainer._store.unclaim()
+                try:
+                    trainer.settle_saves()  # what is under way is finished, also when the training failed
+                except CheckpointError as failure:
+                    if error is None:
+                        raise
+                    error.add_note(f"The last save failed as well: {failure}")
+                finally:
+                    trainer._store.unclaim()
             module = trainer.module
             for name in ("_trainer", "_metrics", "_defaults", "_log_suffix"):
                 module.__dict__.pop(name, None)
@@ -150,6 +157,7 @@ class Session:
         trainer.hooks.call("on_train_end")
         if trainer.pending_saves:
             trainer.write_pending_saves()
+        trainer.settle_saves()
         trainer.hooks.call("on_fit_end")
         defaults.mark_finished(trainer)
 

@@ -74,6 +74,7 @@ class SaveHandle:
             raise TimeoutError(f"The save of step {self.step} was not over after {timeout_s} s; it goes on.")
         if self._error is not None:
             self.seen = True
+            _open_handles.discard(self)
             raise self._error
         assert self._info is not None
         return self._info
@@ -82,6 +83,7 @@ class SaveHandle:
         """Do the save in this thread; nothing is raised here."""
         try:
             self._info = action()
+            _open_handles.discard(self)
         except BaseException as error:
             self._error = error
             self.failed = True
@@ -170,6 +172,7 @@ class Background:
         ranks = self._ranks
         assert ranks is not None
         handle = self._current = SaveHandle(step, on_failure)
+        _open_handles.add(handle)
         name = f"drivetrain-save-{step}"
         threading.Thread(target=handle.run, args=(lambda: action(ranks),), name=name, daemon=False).start()
         return handle
@@ -199,19 +202,20 @@ class Background:
                 dist.destroy_process_group(self._ranks.group)
             self._ranks = None
 
-    def tell_unseen(self) -> None:
-        """Print the error of the last save if nobody was told of it."""
-        handle = self._current
-        if handle is not None and handle.failed and not handle.seen:
-            print(f"drivetrain: {handle._error}", file=sys.stderr, flush=True)
-
 
 _all: weakref.WeakKeyDictionary[Any, Background] = weakref.WeakKeyDictionary()
+_open_handles: set[SaveHandle] = set()
+"""Of this process: saves under way, and those that failed and that nobody was told of."""
 
 
+def join_all() -> None:
+    """Wait until no save of this process is under way, whichever world it belongs to."""
+    for handle in list(_open_handles):
+        handle._over.wait()
+
+
+@atexit.register
 def _tell_unseen() -> None:
-    for background in list(_all.values()):
-        background.tell_unseen()
-
-
-atexit.register(_tell_unseen)
+    for handle in list(_open_handles):
+        if handle.failed:
+            print(f"drivetrain: {handle._error}", file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .background import Background, SaveHandle
+from .background import Background, SaveHandle, join_all
 from .job import Job
 from .keep import Keep
 from .layout import (
@@ -185,8 +185,12 @@ class CheckpointStore:
 
     def unclaim(self) -> None:
         """Let other processes save in the folder, once no save is under way. The next save takes it again."""
-        self._background.join()
+        self.join()
         self._lock = None
+
+    def join(self) -> None:
+        """Wait until no save of this process is under way, however it ends. Local, as `settle`."""
+        join_all()
 
     def settle(self) -> None:
         """Wait until no save is under way, in this or another folder of this world.
@@ -285,7 +289,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: there are checkpoints, and none is whole.
         """
-        self._background.join()
+        self.join()
         infos, broken = self._together.from_main("Looking for checkpoints", self._names)
         notes: list[str] = []
         for name in reversed(infos):
@@ -311,7 +315,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is no such checkpoint, or its manifest is damaged.
         """
-        self._background.join()
+        self.join()
         path = self._path_of(target)
         checkpoint = Checkpoint(path)
         if path.parent == self.root:

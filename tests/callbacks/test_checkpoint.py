@@ -5,7 +5,9 @@ The trainer is a stand-in of thirty lines with exactly what TrainerView promises
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -20,7 +22,7 @@ from drivetrain.callbacks.base import Callback, TrainerView
 from drivetrain.callbacks.checkpoint import Checkpoint
 from drivetrain.callbacks.runner import is_overridden
 from drivetrain.strategies.checkpoint import Checkpoint as Reader
-from drivetrain.strategies.checkpoint import CheckpointStore
+from drivetrain.strategies.checkpoint import CheckpointStore, SaveHandle
 from drivetrain.strategies.errors import CheckpointError, ConfigError, UnknownName
 from drivetrain.strategies.world import World
 from drivetrain.trainer.loops.progress import Progress
@@ -62,11 +64,14 @@ class Run:
     def print(self, text: str) -> None:
         self.printed.append(text)
 
-    def save_checkpoint(self, path: None = None, *, wait: bool = False) -> Any:
+    def save_checkpoint(
+        self, path: None = None, *, wait: bool = False, remove: Iterable[int] = (), required: bool = True
+    ) -> SaveHandle:
         self.saved.append((self.progress.global_step, any(c.is_best for c in self.callbacks)))
         values = {"progress": self.progress.state_dict()} | {f"callback/{c.state_key}": c.state_dict() for c in self.callbacks}
-        info = self.store.save(self.progress.global_step, {"w": torch.ones(2)}, values, meta={"metrics": self.metrics})
-        return SimpleNamespace(path=info.path, wait=lambda: info.path)
+        self.required = required
+        meta = {"metrics": self.metrics}
+        return self.store.save(self.progress.global_step, {"w": torch.ones(2)}, values, meta=meta, remove=remove, wait=False)
 
     def steps(self, n: int, val_loss: Iterable[float] = (), every: int = 1) -> Run:
         """Take n steps; after each `every`-th a validation gives the next of `val_loss`."""
@@ -105,6 +110,7 @@ class Run:
 
     @property
     def left(self) -> list[int]:
+        self.store.join()
         return sorted(info.step for info in self.store.list())
 
 
@@ -291,9 +297,46 @@ def test_a_save_that_fails_deletes_nothing_and_changes_no_state(tmp_path: Path, 
         patch.setattr(run.store, "save", full)
         with pytest.raises(CheckpointError, match="no space"):
             run.steps(1)
-    assert callback.state_dict() == before
+    assert callback.state_dict() == {**before, "removing": []}  # what was going when that was taken is gone
     assert run.left == [3]
     assert run.steps(1).left == [5]
+
+
+def test_a_save_that_fails_beside_the_training_is_raised_at_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback = Checkpoint("2step")
+    run = Run(tmp_path, callback).steps(2)
+    run.store.join()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", refuse)
+        run.steps(2)
+        run.store.join()
+    assert run.left == [2]
+    with pytest.raises(CheckpointError, match=r"Saving step 4 .*No space left"):
+        run.steps(2)
+    assert Path(callback.last_model_path).name == "step-00000002"
+    assert run.left == [2]
+
+
+def test_a_save_that_fails_may_be_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The earlier ones stay until a newer one is committed; a step that could not be saved is in no account."""
+    callback = Checkpoint("2step", save_top_k=2, on_error="warn")
+    run = Run(tmp_path, callback).steps(4)
+    run.store.join()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", refuse)
+        run.steps(2)
+        run.store.join()
+        assert run.saved[-1] == (6, True)
+    assert not run.required
+    with contextlib.suppress(CheckpointError):  # the trainer turns it into a line (tests/trainer/test_saving_beside.py)
+        run.store.settle()
+    assert run.steps(2).left == [4, 8]
+    assert [Path(path).name for path in callback.best_k_models] == ["step-00000008", "step-00000004"]
+    assert run.end().left == [4, 8]
+
+
+def refuse(*args: Any) -> int:
+    raise OSError(28, "No space left on device")
 
 
 # -- resume ---------------------------------------------------------------------------------------------------------------
@@ -312,10 +355,10 @@ def test_the_best_and_the_kept_survive_a_resume(tmp_path: Path) -> None:
 
 def test_what_a_kill_kept_from_being_deleted_goes_after_the_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path, Checkpoint("1step")).steps(2)
+    run.store.join()
     with monkeypatch.context() as patch:
-        patch.setattr(run.store, "remove", lambda steps: list(steps))  # killed between the commit of 3 and the deletion of 2
-        run.steps(1)
-    assert run.left == [2, 3]
+        patch.setattr(run.store, "_remove", lambda steps: list(steps))  # killed between the commit of 3 and the deletion of 2
+        assert run.steps(1).left == [2, 3]
     again = Run(tmp_path, Checkpoint("1step"), resume=True).steps(1)
     assert again.left == [3, 4]  # 3 was resumed from
     assert Run(tmp_path, Checkpoint("1step"), resume=True).steps(1).left == [4, 5]

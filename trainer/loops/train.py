@@ -125,6 +125,8 @@ class TrainLoop:
                         return False
                 if checks_time:
                     trainer.clock.check(control)
+                if trainer.save_failed:
+                    trainer.tell_of_failed_save()
                 code = control.tick(progress.batches) if several or control.requested else 0
                 if code:
                     trainer.obey(code)
