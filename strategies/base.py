@@ -119,6 +119,9 @@ class Strategy:
             model.eval()
         return self.precision.convert(model).to(self.device)
 
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Give an `optimizer` that was built before its models were prepared the parameters that they hold now, if others."""
+
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Take an optimizer whose parameters are those of prepared models; move state that it already has to the device."""
         for parameter, state in optimizer.state.items():
@@ -204,7 +207,11 @@ class Strategy:
         *,
         strict: bool = True,
     ) -> list[str]:
-        """Copy a checkpoint's tensors into `models` and `optimizers`; return the names skipped under `strict=False`."""
+        """Copy a checkpoint's tensors into `models` and `optimizers`; return the names skipped under `strict=False`.
+
+        Args:
+            read: returns the full tensor of a name; a `named_state.Source` can read pieces of it as well.
+        """
         names = list(names)
         # All or nothing: an optimizer that does not fit is found before the weights are copied.
         return named_state.load_model_tensors(
@@ -212,8 +219,17 @@ class Strategy:
             names,
             read,
             strict=strict,
-            before=lambda: named_state.load_optimizer_state(models, optimizers, names, read, values),
+            before=lambda: named_state.load_optimizer_state(models, optimizers, names, read, values, place=self.place),
+            place=self.place,
         )
+
+    def place(self, own: Tensor, name: str, source: named_state.Source) -> Tensor:
+        """Read what `own`, a tensor of a model or a parameter with optimizer state, is filled with: here the whole of `name`."""
+        return source(name)
+
+    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the whole state of the user's `model`, at least on rank 0, under its own names. All ranks call it."""
+        return model.state_dict()
 
     def explain(self) -> list[tuple[str, str]]:
         """Return (what, how) rows for the start-up lines."""

@@ -11,7 +11,7 @@ wrote. Loading checks everything first and copies last: a checkpoint of another 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,49 @@ def model_tensors(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     }
 
 
+class Source:
+    """Where tensors are read from: whole, or the piece of them that a rank holds.
+
+    source(name)                          the full tensor, on the CPU
+    source(name, offset=..., shape=...)   the part of it of `shape` at `offset`
+    source.shape(name)                    its full shape, read from the manifest where there is one
+
+    Wherever `read` is taken, a plain function of a name will do too: then pieces are cut from what it returns.
+
+    Args:
+        read: returns the full tensor of a name; with `sliced`, it takes `offset` and `shape` as well.
+        shape: returns the full shape of a name; by default the tensor is read for it.
+    """
+
+    def __init__(
+        self, read: Callable[..., Tensor], *, shape: Callable[[str], Sequence[int]] | None = None, sliced: bool = False
+    ) -> None:
+        self._read, self._shape, self._sliced = read, shape, sliced
+
+    @classmethod
+    def of(cls, read: Callable[[str], Tensor]) -> Source:
+        return read if isinstance(read, Source) else cls(read)
+
+    def __call__(self, name: str, *, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> Tensor:
+        if offset is None or shape is None:
+            return self._read(name)
+        if self._sliced:
+            return self._read(name, offset=offset, shape=shape)
+        return self._read(name)[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))].clone()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._read(name).shape if self._shape is None else self._shape(name))
+
+
+Place = Callable[[Tensor, str, Source], Tensor]
+"""(the tensor that is to be filled, or the parameter whose state is read; its name; where from) -> what it is filled with."""
+
+
+def whole(own: Tensor, name: str, source: Source) -> Tensor:
+    """The `Place` of strategies that hold tensors whole."""
+    return source(name)
+
+
 def load_model_tensors(
     models: Mapping[str, nn.Module],
     names: Iterable[str],
@@ -40,26 +83,32 @@ def load_model_tensors(
     *,
     strict: bool = True,
     before: Callable[[], None] = lambda: None,
+    place: Place = whole,
 ) -> list[str]:
     """Copy `model/...` tensors into `models`; return the names that were skipped (only with `strict=False`).
 
     Args:
         names: all tensor names that the checkpoint holds; those that do not start with `model/` are none of ours.
-        read: returns the full tensor of a name, on the CPU.
+        read: returns the full tensor of a name, on the CPU; or a `Source`.
+        place: reads what one of ours is filled with; strategies that cut tensors up read pieces.
         before: called when the names and shapes were found to fit, before anything is copied. What it raises keeps the weights.
     Raises:
         CheckpointError: names missing or in excess, or other shapes; nothing was copied then.
     """
     own = model_tensors(models)
+    source = Source.of(read)
     theirs = {n for n in names if n.startswith("model/")}
     missing, excess = sorted(own.keys() - theirs), sorted(theirs - own.keys())
-    tensors = {n: read(n) for n in sorted(own.keys() & theirs)}
-    shapes = [n for n, t in tensors.items() if t.shape != own[n].shape]
+    common = sorted(own.keys() & theirs)
+    held = {n: source.shape(n) for n in common}
+    shapes = [n for n in common if held[n] != tuple(own[n].shape)]
+    # Read before anything is copied: a file that is damaged leaves the weights as they are.
+    tensors = {} if strict and shapes else {n: place(own[n], n, source) for n in common if n not in shapes}
     if strict and (missing or excess or shapes):
         parts = [
             _listing("missing in the checkpoint", missing),
             _listing("in the checkpoint but not in the model", excess),
-            _listing("of another shape", [f"{n} {tuple(tensors[n].shape)} for {tuple(own[n].shape)}" for n in shapes]),
+            _listing("of another shape", [f"{n} {held[n]} for {tuple(own[n].shape)}" for n in shapes]),
         ]
         raise CheckpointError(
             f"The checkpoint is of another model: {'; '.join(p for p in parts if p)}. Nothing was loaded. "
@@ -68,8 +117,7 @@ def load_model_tensors(
     before()
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if name not in shapes:
-                own[name].copy_(tensor)
+            own[name].copy_(tensor)
     return [*missing, *excess, *shapes]
 
 
@@ -125,8 +173,10 @@ def load_optimizer_state(
     names: Iterable[str],
     read: Callable[[str], Tensor],
     values: Mapping[str, Any],
+    *,
+    place: Place = whole,
 ) -> None:
-    """Give every optimizer its groups' options and its state back.
+    """Give every optimizer its groups' options and its state back. `read` and `place` as in `load_model_tensors`.
 
     Raises:
         CheckpointError: another optimizer class, other groups or other parameters; nothing was loaded then.
@@ -148,7 +198,9 @@ def load_optimizer_state(
         loads.append(
             (
                 optimizer,
-                _state_for(optimizer_name, optimizer, saved, by_optimizer.get(optimizer_name, []), read, parameters),
+                _state_for(
+                    optimizer_name, optimizer, saved, by_optimizer.get(optimizer_name, []), Source.of(read), parameters, place
+                ),
             )
         )
     for optimizer, state in loads:
@@ -160,8 +212,9 @@ def _state_for(
     optimizer: Optimizer,
     saved: Mapping[str, Any],
     names: list[str],
-    read: Callable[[str], Tensor],
+    source: Source,
     parameters: Mapping[str, nn.Parameter],
+    place: Place,
 ) -> dict[str, Any]:
     """Build what `Optimizer.load_state_dict` takes (parameters by number) from the named state."""
     groups = saved["param_groups"]
@@ -187,10 +240,12 @@ def _state_for(
     for name in names:
         parameter_name, _, key = name.removeprefix(f"optimizer/{optimizer_name}/").rpartition("/")
         key, _, item = key.partition("#")
+        target = slot(parameter_name)
+        tensor = place(parameters[parameter_name], name, source)
         if item:
-            slot(parameter_name)[key][int(item)] = read(name)
+            target[key][int(item)] = tensor
         else:
-            slot(parameter_name)[key] = read(name)
+            target[key] = tensor
     packed = []
     for group, current in zip(groups, optimizer.param_groups, strict=True):
         wanted = [number[id(parameters[n])] for n in group["params"] if n in parameters and id(parameters[n]) in number]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..strategies.checkpoint import rng
 from ..strategies.errors import CheckpointError
+from ..strategies.named_state import Source
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
@@ -95,7 +96,7 @@ def restore(
         own = {f"model/{n}/" for n in models}
         theirs = [n for n in names if not n.startswith("model/") or any(n.startswith(p) for p in own)]
         values = {n: checkpoint.value(n) for n in held if n.startswith(("optimizer/", "strategy/"))}
-        skipped += strategy.load_state_tensors(models, optimizers, theirs, checkpoint.tensor, values, strict=strict)
+        skipped += strategy.load_state_tensors(models, optimizers, theirs, source_of(checkpoint), values, strict=strict)
     accelerator.precision.load_state_dict(checkpoint.value("precision"))
     accelerator.window.load_state_dict(checkpoint.value("window"))
     for i, scheduler in enumerate(accelerator.schedulers):
@@ -148,7 +149,13 @@ def load_models(accelerator: Accelerator, checkpoint: Checkpoint) -> None:
         CheckpointError: the checkpoint is of another model.
     """
     for strategy, models, _ in _by_strategy(accelerator):
-        strategy.load_state_tensors(models, {}, [n for n in checkpoint.names() if n.startswith("model/")], checkpoint.tensor, {})
+        names = [n for n in checkpoint.names() if n.startswith("model/")]
+        strategy.load_state_tensors(models, {}, names, source_of(checkpoint), {})
+
+
+def source_of(checkpoint: Checkpoint) -> Source:
+    """The tensors of `checkpoint`, of which a strategy may read pieces."""
+    return Source(checkpoint.tensor, shape=checkpoint.shape, sliced=True)
 
 
 def restore_random(checkpoint: Checkpoint, rank: int) -> list[str]:
