@@ -59,7 +59,7 @@ def test_a_step_runs_under_the_precision() -> None:
     accelerator = Accelerator(mixed_precision="bf16")
     model, optimizer, loader, _ = made()
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    dtypes = []
+    dtypes, extras = [], []
 
     def step(batch: Any) -> Any:
         output = model(batch[0])
@@ -68,17 +68,18 @@ def test_a_step_runs_under_the_precision() -> None:
 
     for batch in loader:
         with accelerator.accumulate(model):
-            output = accelerator.forward_backward(step, batch)
+            extras.append(accelerator.forward_backward(step, batch)["extra"])
             optimizer.step()
             optimizer.zero_grad()
     assert set(dtypes) == {torch.bfloat16}
-    assert output["extra"] == 3
+    assert extras == [3] * 5
     with accelerator.autocast():
         assert model(torch.ones(1, 1)).dtype == torch.bfloat16
 
 
 def unwrapped() -> dict[str, Any]:
     accelerator = Accelerator()
+    model: Any
     model, optimizer, loader, _ = made()
     prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     frozen = accelerator.prepare(nn.Linear(1, 1).requires_grad_(False))
@@ -96,9 +97,9 @@ def unwrapped() -> dict[str, Any]:
     x = torch.full((1, 1), 1.0 + rank)
     with accelerator.no_sync(prepared):
         accelerator.backward(prepared(x).mean())
-    found["own"] = model.weight.grad.item() == 1.0 + rank  # pyright: ignore[reportAttributeAccessIssue]
+    found["own"] = model.weight.grad.item() == 1.0 + rank
     accelerator.backward(prepared(x).mean())
-    found["together"] = model.weight.grad.item()  # pyright: ignore[reportAttributeAccessIssue]
+    found["together"] = model.weight.grad.item()
     # With several strategies in one run: a teacher that is only evaluated beside a model that is trained.
     found["joined"] = joined_steps(accelerator, prepared, optimizer)
     accelerator.end_training()

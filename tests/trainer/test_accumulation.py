@@ -96,6 +96,7 @@ def test_sums_are_divided_by_all_their_items(counts: tuple[int, int]) -> None:
         window.begin(None)
         total += window.weigh_sum(torch.tensor(2.0 * count, dtype=torch.float64), count, world)
     factor = window.settle(world)
+    assert isinstance(factor, float)
     assert total.item() * factor == pytest.approx(2.0, rel=1e-15)
 
 
@@ -107,7 +108,7 @@ def test_a_window_without_items_says_so() -> None:
 
 
 # -- through the Accelerator -------------------------------------------------------------------------------------------
-def weight_only() -> nn.Module:
+def weight_only() -> nn.Linear:
     model = nn.Linear(1, 1, bias=False).double()
     nn.init.zeros_(model.weight)
     return model
@@ -115,9 +116,9 @@ def weight_only() -> nn.Module:
 
 def gradients(accelerator: Accelerator, batches: Any, *, clear: str = "end") -> list[float]:
     """The weight's gradient at every optimizer step, for losses whose gradient is the mean of the inputs."""
-    model = weight_only()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    bare: Any = weight_only()
+    optimizer = torch.optim.SGD(bare.parameters(), lr=0.0)
+    model, optimizer, batches = accelerator.prepare(bare, optimizer, batches)
     found: list[float] = []
     for batch in batches:
         with accelerator.accumulate(model):
@@ -126,7 +127,7 @@ def gradients(accelerator: Accelerator, batches: Any, *, clear: str = "end") -> 
             accelerator.backward(model(batch[0]).mean())
             optimizer.step()
             if optimizer.stepped:
-                found.append(accelerator.unwrap_model(model).weight.grad.item())  # pyright: ignore[reportAttributeAccessIssue]
+                found.append(bare.weight.grad.item())
             if clear == "end":
                 optimizer.zero_grad()
     return found

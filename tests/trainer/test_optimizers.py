@@ -87,9 +87,7 @@ def test_a_scheduler_counts_optimizer_steps_on_any_number_of_ranks(size: int, ra
     assert ranks(size, halved, size) == [expected[size]] * size
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Detected call of"
-)  # as asked for
+@pytest.mark.filterwarnings("ignore:Detected call of")  # as asked for
 def test_step_scheduler_with_optimizer_false_steps_at_every_call() -> None:
     found = rates(*prepared(lambda o: StepLR(o, 1, 0.5), steps=4, step_scheduler_with_optimizer=False))
     assert found[:3] == [0.5, 0.25, 0.125]
@@ -157,8 +155,8 @@ def meet_nan(policy: str, where: str) -> tuple[list[float], int, str]:
     world = World.start()
     accelerator = Accelerator(nonfinite=policy, seed=0)
     torch.manual_seed(0)
-    model = nn.Linear(1, 1)
-    model, optimizer, loader = accelerator.prepare(model, SGD(model.parameters(), lr=0.01), DataLoader(DATA, batch_size=1))
+    bare = nn.Linear(1, 1)
+    model, optimizer, loader = accelerator.prepare(bare, SGD(bare.parameters(), lr=0.01), DataLoader(DATA, batch_size=1))
     weights, told = [], ""
     for i, batch in enumerate(loader):
         with accelerator.accumulate(model):
@@ -172,8 +170,8 @@ def meet_nan(policy: str, where: str) -> tuple[list[float], int, str]:
                 told = str(error)
                 break
             optimizer.zero_grad()
-        weights.append(accelerator.unwrap_model(model).weight.item())
-    weights.append(accelerator.unwrap_model(model).weight.item())
+        weights.append(bare.weight.item())
+    weights.append(bare.weight.item())
     skipped = accelerator.skipped_steps
     accelerator.end_training()
     world.stop()
@@ -203,7 +201,8 @@ def test_a_prepared_optimizer_can_be_used_like_the_one_it_holds() -> None:
     model, other = nn.Linear(1, 1), nn.Parameter(torch.ones(1))
     inner = SGD(model.parameters(), lr=0.1, momentum=0.9)
     model, optimizer = accelerator.prepare(model, inner)
-    assert isinstance(optimizer, Optimizer)
+    accepted: Any = optimizer
+    assert isinstance(accepted, Optimizer)
     calls = []
     optimizer.register_step_post_hook(lambda *args: calls.append("post"))
 

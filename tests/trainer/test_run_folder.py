@@ -1,252 +1,219 @@
-"""Which run a resume means, what is said about it, and what a run leaves in its folder."""
+"""Which folder a run writes to, and which checkpoint a resume means."""
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from drivetrain.callbacks.checkpoint import Checkpoint
-from drivetrain.strategies.checkpoint import store
-from drivetrain.strategies.errors import CheckpointError
+from drivetrain import Trainer, TrainingModule
+from drivetrain.strategies.checkpoint.store import CheckpointStore
+from drivetrain.strategies.errors import CheckpointError, ConfigError
 from drivetrain.strategies.world import World
-from drivetrain.trainer.run_folder import RunFolder, open_run
-from resume_jobs import Job, Ledger, Module, Started, loaders, logged_by, newest_run, steps_saved, train, trainer_for
+from drivetrain.trainer.run_folder import open_run
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-SHORT = Job(epochs=1, samples=12, validate=False)
 WORLD = World.single()
+QUIET: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "seed": 0}
 
 
-def opened(root: Path, resume: Any, **options: Any) -> RunFolder:
-    return open_run(root, "job", resume, WORLD, **options)
+def save(run: Path, *steps: int, best: int | None = None) -> None:
+    """Put checkpoints into a run's folder, and what a run that trained leaves there."""
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").touch()
+    for step in steps:
+        CheckpointStore(run / "checkpoints", WORLD).save(
+            step, {"model/model/w": torch.ones(1)}, {}, meta={"kind": "run", "is_best": step == best}
+        )
 
 
-def damage(checkpoint: Path) -> None:
-    """Flip one bit of the weights."""
-    file = next(checkpoint.glob("*.safetensors"))
+def damage(run: Path, step: int) -> None:
+    (file,) = (run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")
     data = bytearray(file.read_bytes())
-    data[-9] ^= 1
+    data[-1] ^= 1
     file.write_bytes(data)
 
 
-def checkpoints(folder: str | Path) -> list[Path]:
-    return sorted((Path(folder) / "checkpoints").glob("step-*"))
+def opened(root: Path, resume: str | Path | None, name: str | None = None, **options: Any) -> Any:
+    return open_run(root, name, resume, WORLD, **options)
 
 
-def unfinished(root: Path) -> Path:
-    """A run of three steps, each saved, that did not come to its end."""
-    run = Path(train(SHORT, root, callbacks=[Checkpoint("1step", save_top_k=-1)]).folder)
-    (run / "finished").unlink()
-    return run
+def test_a_new_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    """Also when two begin in the same second."""
+    first, second = opened(tmp_path, None), opened(tmp_path, None)
+    assert first.path != second.path
+    assert first.path.parent == tmp_path / "default"
+    assert first.checkpoints.is_dir()
+    assert first.resume_from is None
 
 
-def test_a_new_run_says_that_an_unfinished_one_lies_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = unfinished(tmp_path)
-    result = train(SHORT, tmp_path)
-    assert Path(result.folder) != run
-    assert f"an unfinished run lies in {run}" in capsys.readouterr().out
-    train(SHORT, tmp_path)
-    assert "unfinished" not in capsys.readouterr().out
+def test_a_run_that_writes_nothing_makes_no_folder(tmp_path: Path) -> None:
+    opened(tmp_path / "runs", None, create=False)
+    assert not (tmp_path / "runs").exists()
 
 
-def test_auto_with_nothing_there_starts_anew_and_says_so(tmp_path: Path) -> None:
-    run = opened(tmp_path, "auto")
-    assert run.resume_from is None
-    assert "no checkpoint" in run.notes[0]
+def test_a_new_run_says_that_an_unfinished_one_lies_there(tmp_path: Path) -> None:
+    save(tmp_path / "default" / "20260101-000000", 3)
+    (note,) = opened(tmp_path, None).notes
+    assert "20260101-000000" in note
+    assert "resume='auto'" in note
 
 
-def test_auto_means_the_newest_run_also_when_it_has_no_checkpoint_yet(tmp_path: Path) -> None:
-    """A run that was killed before its first save must not become the one before it. One that never began does not count."""
-    unfinished(tmp_path)
-    newer = opened(tmp_path, None).path
-    assert opened(tmp_path, "auto").path not in (newer, None)
-    assert opened(tmp_path, "auto").resume_from is not None
-    (newer / "config.yaml").touch()
-    assert opened(tmp_path, "auto").resume_from is None
+def test_auto_goes_on_in_the_newest_run(tmp_path: Path) -> None:
+    base = tmp_path / "mine"
+    for name, step in (("20260101-000000", 9), ("20260102-000000", 2), ("20260102-000000-2", 4), ("20260102-000000-10", 5)):
+        save(base / name, step)
+    found = opened(tmp_path, "auto", "mine")
+    assert found.id == "20260102-000000-10"
+    assert found.resume_from == found.path / "checkpoints" / "step-00000005"
 
 
-def test_auto_passes_over_a_damaged_checkpoint_and_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = unfinished(tmp_path)
-    damage(checkpoints(run)[-1])
-    result = train(SHORT, tmp_path, resume="auto")
-    assert sorted(result.losses) == [3]
-    said = " ".join(capsys.readouterr().out.split())
-    assert "step 2" in said
-    assert "step-00000003.2 was passed over" in said  # saved after its step, and again at its epoch's end
+def test_auto_without_any_checkpoint_starts_anew_and_says_so(tmp_path: Path) -> None:
+    found = opened(tmp_path, "auto")
+    assert found.resume_from is None
+    assert "starting anew" in found.notes[0]
 
 
-def test_auto_with_only_damaged_checkpoints_ends_with_code_3(tmp_path: Path) -> None:
-    run = unfinished(tmp_path)
-    for checkpoint in checkpoints(run):
-        damage(checkpoint)
-    started = Started({"root": str(tmp_path)})
-    assert started.wait() == 3
-    assert "None of the 3 checkpoints" in started.output()
+def test_auto_passes_over_a_damaged_checkpoint_and_says_so(tmp_path: Path) -> None:
+    run = tmp_path / "default" / "20260101-000000"
+    save(run, 2, 4)
+    damage(run, 4)
+    found = opened(tmp_path, "auto")
+    assert found.resume_from is not None
+    assert found.resume_from.name == "step-00000002"
+    assert any("step-00000004" in note for note in found.notes)
 
 
-def test_a_damaged_checkpoint_that_was_named_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    run = unfinished(tmp_path)
-    damage(checkpoints(run)[1])
-    module = Module(SHORT, Ledger(None))
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"step-00000002 is damaged.*crc32.*step-00000001, step-00000003"):
-        trainer_for(SHORT, tmp_path).fit(module, *loaders(SHORT), resume=checkpoints(run)[1])
-    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+def test_auto_with_nothing_but_damage_is_refused(tmp_path: Path) -> None:
+    """Exit code 3: starting anew would throw the run away without a word."""
+    run = tmp_path / "default" / "20260101-000000"
+    save(run, 2)
+    damage(run, 2)
+    with pytest.raises(CheckpointError) as raised:
+        opened(tmp_path, "auto")
+    assert "step-00000002" in str(raised.value)
+    assert raised.value.exit_code == 3
 
 
-def test_a_path_to_nothing_names_what_is_near(tmp_path: Path) -> None:
-    run = unfinished(tmp_path)
-    with pytest.raises(CheckpointError, match=r"step-00000009.*step-00000002, step-00000003"):
-        opened(tmp_path, run / "checkpoints" / "step-00000009")
-    with pytest.raises(CheckpointError, match="is a file"):
-        opened(tmp_path, run / "config.yaml")
+def test_last_and_best_name_checkpoints_of_the_newest_run(tmp_path: Path) -> None:
+    save(tmp_path / "default" / "20260101-000000", 2, 4, 6, best=4)
+    for word, step in (("last", 6), ("best", 4)):
+        found = opened(tmp_path, word)
+        assert found.resume_from is not None
+        assert found.resume_from.name == f"step-{step:08d}"
+        assert found.id == "20260101-000000"
+    save(tmp_path / "default" / "20260102-000000", 2)
+    with pytest.raises(CheckpointError, match=r"was saved as the best.*Checkpoint\(monitor"):
+        opened(tmp_path, "best")
+    for word in ("last", "best"):
+        with pytest.raises(CheckpointError, match=r"there is no checkpoint in .*resume=None"):
+            opened(tmp_path / "empty", word)
 
 
-def test_best_and_last_and_a_path_are_what_they_say(tmp_path: Path) -> None:
-    job = Job(epochs=3, samples=12)
-    result = train(job, tmp_path, callbacks=[Checkpoint(monitor="val_loss", mode="max", save_top_k=2)])
-    scores = {step: value for name, step, value in (e for e in result.events if e[0] == "validated")}
-    best, last = opened(tmp_path, "best").resume_from, opened(tmp_path, "last").resume_from
-    assert best is not None
-    assert last is not None
-    assert int(best.name[5:13]) == max(scores, key=lambda step: scores[step])
-    assert int(last.name[5:13]) == 9
-    assert opened(tmp_path, best).path == best.parent.parent
+def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
+    """A checkpoint, a run, or a folder of checkpoints. In the same run it goes on there; elsewhere a new run starts from it."""
+    run = tmp_path / "default" / "20260101-000000"
+    save(run, 2, 4)
+    found = opened(tmp_path, run / "checkpoints" / "step-00000002")
+    assert (found.path, found.resume_from) == (run, run / "checkpoints" / "step-00000002")
+    found = opened(tmp_path, run)
+    assert (found.path, found.resume_from) == (run, run / "checkpoints" / "step-00000004")
+    for given in (run / "checkpoints" / "step-00000002", run / "checkpoints"):
+        found = opened(tmp_path, given, "other")
+        assert found.path.parent == tmp_path / "other"
+        assert found.resume_from is not None
+        assert found.resume_from.parent == run / "checkpoints"
 
 
-def test_a_checkpoint_given_to_validate_is_the_one_that_is_evaluated(tmp_path: Path) -> None:
-    """A fresh Trainer and module; "best" and "last" mean the run of that name. No folder is made for it."""
-    job = Job(epochs=2, samples=12)
-    result = train(job, tmp_path, callbacks=[Checkpoint("1ep", save_top_k=-1)])
-    values = {step: value for name, step, value in (e for e in result.events if e[0] == "validated")}
-    for ckpt_path, step in ((checkpoints(result.folder)[0], 3), ("last", 6)):
-        found = trainer_for(job, tmp_path).validate(Module(job, Ledger(None)), loaders(job)[1], ckpt_path=ckpt_path)
-        assert found[0]["val_loss"] == values[step]
-    assert len(list((tmp_path / "job").iterdir())) == 1
+def test_a_path_that_is_none_says_what_lies_near(tmp_path: Path) -> None:
+    run = tmp_path / "default" / "20260101-000000"
+    save(run, 2, 4)
+    with pytest.raises(CheckpointError, match=r"step-00000003.*In that folder: step-00000002, step-00000004"):
+        opened(tmp_path, run / "checkpoints" / "step-00000003")
+    pickled = tmp_path / "model.ckpt"
+    pickled.write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"is a file.*pickled are not read"):
+        opened(tmp_path, pickled)
+    with pytest.raises(CheckpointError, match="There is no checkpoint"):
+        opened(tmp_path, tmp_path / "default" / "20260101-000000" / "nothing")
 
 
-def test_an_older_checkpoint_of_a_run_goes_on_in_its_folder_with_the_metrics_cut_back(tmp_path: Path) -> None:
-    run = unfinished(tmp_path)
-    lines = logged_by(tmp_path)
-    result = train(SHORT, tmp_path, resume=checkpoints(run)[0])
-    assert Path(result.folder) == run
-    assert logged_by(tmp_path) == lines
+@pytest.mark.parametrize("name", ["../up", "/tmp/elsewhere", "a\nb", "..", "."])
+def test_a_name_that_is_no_folder_name_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"A run's name is a plain folder name.*root="):
+        opened(tmp_path, None, name)
 
 
-def test_a_checkpoint_of_another_run_starts_a_new_one_with_its_own_metrics(tmp_path: Path) -> None:
-    run = unfinished(tmp_path / "a")
-    result = train(SHORT, tmp_path / "b", resume=checkpoints(run)[1])
-    assert Path(result.folder).parent == tmp_path / "b" / "job"
-    assert [step for step, _, metrics in logged_by(tmp_path / "b") if "train_loss_step" in metrics] == [3]
-    assert len(logged_by(tmp_path / "a")) >= 3
+@pytest.mark.parametrize("name", ["größe 🚆", "with space", "group/one"])
+def test_unusual_names_work(name: str, tmp_path: Path) -> None:
+    assert opened(tmp_path, None, name).path.parent == tmp_path / name
 
 
-def test_a_relative_root_and_another_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(os.geteuid() == 0, reason="waits for a user who is not root: root may write everywhere")
+def test_a_root_that_cannot_be_written_is_told_at_the_start(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="The run folder cannot be made"):
+        opened(tmp_path, None)
+
+
+def test_a_root_that_is_a_file_is_told_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(ConfigError, match=r"The run folder cannot be made.*Pass root="):
+        opened(tmp_path / "runs", None)
+
+
+class Plain(TrainingModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.layer(batch[0]).pow(2).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(root: Path, **options: Any) -> Trainer:
+    trainer = Trainer(**(QUIET | {"root": root, "log_every_n_steps": 1} | options))
+    trainer.fit(Plain(), DataLoader(TensorDataset(torch.ones(6, 1)), batch_size=2))
+    return trainer
+
+
+def test_a_run_leaves_its_configuration_its_values_and_a_checkpoint(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, max_epochs=2, name="mine", gradient_clip_val=0.5)
+    root = trainer.root
+    assert root.parent == tmp_path / "mine"
+    config = yaml.safe_load((root / "config.yaml").read_text())
+    assert (config["max_epochs"], config["gradient_clip_val"], config["strategy"]) == (2, 0.5, "auto")
+    lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line["metrics"]] == [1, 2, 3, 4, 5, 6]
+    assert [p.name for p in (root / "checkpoints").glob("step-*")][-1:] == ["step-00000006"]
+    assert (root / "finished").exists()
+
+
+def test_a_finished_run_is_no_reason_to_speak(tmp_path: Path) -> None:
+    fit(tmp_path, max_epochs=1)
+    trainer = fit(tmp_path, max_epochs=1)
+    assert trainer.run_folder is not None
+    assert trainer.run_folder.notes == []
+
+
+def test_relative_roots_survive_a_change_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    train(SHORT, Path("runs"), max_steps=1)
-    train(SHORT, Path("runs"), resume="auto")
-    steps = [step for step, _, metrics in logged_by(tmp_path / "runs") if "train_loss_step" in metrics]
-    assert steps == [1, 2, 3]
 
+    class Moving(Plain):
+        def on_train_start(self) -> None:
+            (tmp_path / "elsewhere").mkdir()
+            os.chdir(tmp_path / "elsewhere")
 
-def test_runs_that_begin_in_the_same_second_have_their_own_folders(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(12) as pool:
-        runs = list(pool.map(lambda _: opened(tmp_path, None), range(12)))
-    assert len({run.path for run in runs}) == 12
-    for run in runs:
-        (run.path / "config.yaml").touch()
-    newest = opened(tmp_path, "auto").notes[0]
-    assert max((run.path for run in runs), key=lambda path: (path.name[:15], len(path.name), path.name)).name in newest
-
-
-def test_a_second_process_in_the_same_run_is_refused_before_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = Started({"root": str(tmp_path), "job": {"step_s": 0.5}})
-    try:
-        first.wait_until(lambda: bool(list(tmp_path.glob("job/*/checkpoints/step-*"))))
-        monkeypatch.setattr(store, "_PATIENCE_S", 0.2)
-        with pytest.raises(CheckpointError, match=f"another process .process {first.pid}. is saving"):
-            train(SHORT, tmp_path, resume="auto")
-        assert first.poll() is None
-    finally:
-        first.kill()
-    assert logged_by(tmp_path)[0][0] == 1
-    train(Job(epochs=1), tmp_path, resume="auto", max_steps=3)
-
-
-def test_the_folder_is_free_for_others_when_the_training_is_over(tmp_path: Path) -> None:
-    train(SHORT, tmp_path, max_steps=1)
-    run = Started({"root": str(tmp_path), "job": {"epochs": 1, "samples": 12, "validate": False}})
-    assert run.wait() == 0, run.output()
-
-
-def test_what_a_run_leaves_by_default(tmp_path: Path) -> None:
-    """The newest checkpoint, its mark that it came to its end, its configuration and metrics."""
-    run = Path(train(SHORT, tmp_path).folder)
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "finished", "metrics.jsonl"]
-    assert steps_saved(tmp_path) == [3]
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [".lock", "step-00000003"]
-
-
-def test_a_finished_run_that_goes_on_is_unfinished_until_its_new_end(tmp_path: Path) -> None:
-    train(SHORT, tmp_path, max_steps=1)
-    assert (newest_run(tmp_path) / "finished").exists()
-    started = Started({"root": str(tmp_path), "job": {"epochs": 50, "samples": 12, "validate": False, "step_s": 0.05}})
-    try:
-        started.wait_until(lambda: started.trained() >= 1)
-        assert not (newest_run(tmp_path) / "finished").exists()
-    finally:
-        started.kill()
-
-
-def test_a_finished_run_resumed_by_auto_ends_at_once(tmp_path: Path) -> None:
-    whole = train(SHORT, tmp_path)
-    before = sorted((p.name, p.stat().st_mtime_ns) for p in checkpoints(whole.folder))
-    again = train(SHORT, tmp_path, resume="auto")
-    assert again.losses == {}
-    assert again.progress == whole.progress
-    assert sorted((p.name, p.stat().st_mtime_ns) for p in checkpoints(whole.folder)) == before
-    assert (newest_run(tmp_path) / "finished").exists()
-
-
-def test_config_yaml_says_what_was_asked_and_what_became_of_it(tmp_path: Path) -> None:
-    job = Job(epochs=1, samples=12, validate=False, options={"accumulate_grad_batches": 3, "gradient_clip_val": 0.5})
-    train(job, tmp_path, resume="auto", callbacks=[Checkpoint("1step")])
-    config = yaml.safe_load((newest_run(tmp_path) / "config.yaml").read_text())
-    assert config["gradient_clip_val"] == 0.5
-    assert config["resume"] == "auto"
-    assert config["callbacks"] == ["Recorder", "Checkpoint"]
-    assert config["resolved"] == {
-        "device": "cpu",
-        "ranks": 1,
-        "strategy": "single",
-        "precision": "fp32",
-        "seed": 3,
-        "accumulate_grad_batches": 3,
-        "batch_samples": 4,
-    }
-
-
-def test_a_root_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(Exception, match="cannot be made"):
-        train(SHORT, tmp_path / "file")
-
-
-@pytest.mark.parametrize("name", ["spaces and ünïcödé 🚂", "a/b"])
-def test_names_of_runs(name: str, tmp_path: Path) -> None:
-    train(SHORT, tmp_path, name=name, max_steps=1)
-    result = train(SHORT, tmp_path, name=name, resume="auto")
-    assert sorted(result.losses) == [2, 3]
-
-
-def test_a_linked_root_and_a_copied_checkpoint(tmp_path: Path) -> None:
-    run = unfinished(tmp_path / "real")
-    os.symlink(tmp_path / "real", tmp_path / "link")
-    shutil.copytree(checkpoints(run)[0], tmp_path / "copy")
-    assert sorted(train(SHORT, tmp_path / "link", resume="auto", max_epochs=2).losses) == [4, 5, 6]
-    assert sorted(train(SHORT, tmp_path / "other", resume=tmp_path / "copy").losses) == [2, 3]
+    trainer = Trainer(**QUIET, root="runs", max_epochs=1)
+    trainer.fit(Moving(), DataLoader(TensorDataset(torch.ones(4, 1))))
+    assert trainer.root.parent == tmp_path / "runs" / "default"
+    assert list((trainer.root / "checkpoints").glob("step-*"))
+    assert not list((tmp_path / "elsewhere").iterdir())

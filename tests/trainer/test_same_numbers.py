@@ -305,7 +305,10 @@ def merged(founds: Sequence[Found]) -> Found:
         assert other.steps == first.steps
         assert other.logged == first.logged
         assert all(torch.equal(other.weights[n], w) for n, w in first.weights.items())
-    losses = [(sum(t for t, _ in parts), sum(c for _, c in parts)) for parts in zip(*(f.losses for f in founds), strict=True)]
+    losses = [
+        (sum((t for t, _ in parts), 0.0), sum((c for _, c in parts), 0.0))
+        for parts in zip(*(f.losses for f in founds), strict=True)
+    ]
     return Found(losses, first.rates, first.weights, first.steps, first.logged)
 
 
@@ -367,6 +370,7 @@ class Pair(TrainingModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         x = batch[0][:, 0]
         g, c = self.optimizers()
+        critic_loss = torch.zeros(())
         for _ in range(2):
             c.zero_grad()
             critic_loss = self.critic_loss(x)
@@ -386,6 +390,7 @@ def plain_pair(epochs: int) -> tuple[list[tuple[float, float]], dict[str, Tensor
     for epoch in range(epochs):
         for indices in torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(mix(SEED, epoch))).split(GLOBAL):
             x = data[indices][0][:, 0]
+            critic_loss = torch.zeros(())
             for _ in range(2):
                 optimizers["c"].zero_grad()
                 critic_loss = pair.critic_loss(x)
@@ -421,6 +426,7 @@ def by_raw_pair(ranks: int, context: bool) -> tuple[list[tuple[float, float, int
     for _ in range(8):
         for batch in batches:
             x = batch[0][:, 0]
+            critic_loss = generator_loss = torch.zeros(())
             for i in range(3):
                 with accelerator.accumulate(critic if i < 2 else generator) if context else accelerator.autocast():
                     if i < 2:

@@ -132,7 +132,8 @@ def test_a_training_that_has_reached_its_end_goes_on_when_the_limit_grows(tmp_pa
     ],
 )
 def test_validations_come_when_they_are_due(options: dict[str, Any], steps: list[int], tmp_path: Path) -> None:
-    module, _ = fit(tmp_path, val=True, **({"max_epochs": 2} | options))
+    options = {"max_epochs": 2} | options
+    module, _ = fit(tmp_path, val=True, **options)
     assert module.of("val") == steps
 
 
@@ -209,7 +210,7 @@ def test_the_sanity_check_runs_as_many_batches_as_asked_and_keeps_no_values(tmp_
 def test_a_fast_dev_run_runs_few_batches_of_everything_and_writes_nothing(run: bool | int, tmp_path: Path) -> None:
     """Without any limit given, and whatever the other options say."""
     module = Told()
-    options = {"max_steps": 1000, "check_val_every_n_epoch": 7, "val_check_interval": 100} if run == 3 else {}
+    options: dict[str, Any] = {"max_steps": 1000, "check_val_every_n_epoch": 7, "val_check_interval": 100} if run == 3 else {}
     trainer = Trainer(
         enable_progress_bar=False, enable_model_summary=False, root=tmp_path / "runs", fast_dev_run=run, seed=1, **options
     )
