@@ -22,9 +22,10 @@ arguments and order are those of PyTorch Lightning 2.x; callbacks are called bef
     on_fit_end
     teardown(stage)
 
-What differs from Lightning: zero_grad comes before the forward (no second copy of the gradients is alive during it), and
-`on_checkpoint_step`, `on_checkpoint_epoch` and `on_log` are moments of their own, so that a callback that saves needs no
-special place in the list.
+What differs from Lightning: zero_grad comes before the forward (no second copy of the gradients is alive during it);
+`on_before_optimizer_step` sees gradients in the unit of the loss, before clipping; an epoch that `max_steps`, a stop or a signal
+breaks off has no `on_train_epoch_end` (the resumed run has it, at the epoch's end); and `on_checkpoint_step`,
+`on_checkpoint_epoch` and `on_log` are moments of their own, so that a callback that saves needs no special place in the list.
 """
 
 from __future__ import annotations

@@ -496,3 +496,58 @@ def test_a_global_batch_size_gives_the_same_run_on_any_number_of_ranks(ranks: An
         assert found.steps == 12
         for name, weight in net.named_parameters():
             torch.testing.assert_close(found.weights[name], weight.detach(), rtol=1e-10, atol=1e-12)
+
+
+# -- several named models in automatic mode --------------------------------------------------------------------------------
+class Named(TrainingModule):
+    """Two children prepared one by one, each with its own optimizer, under one loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 1)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+    def models(self) -> dict[str, nn.Module]:
+        return {"one": self.one, "two": self.two}
+
+    def loss(self, batch: Any) -> Tensor:
+        return self.two(torch.tanh(self.one(batch[0][:, 0]))).pow(2).mean()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        return {
+            "one": torch.optim.SGD(self.one.parameters(), lr=0.1),
+            "two": torch.optim.Adam(self.two.parameters(), lr=0.01),
+        }
+
+
+def by_named(window: int, ranks: int, root: Path) -> dict[str, Tensor]:
+    module = Named()
+    trainer = Trainer(**QUIET, root=root, max_epochs=3, accumulate_grad_batches=window, gradient_clip_val=0.1)
+    trainer.fit(module, loader(CASES[0], ranks))
+    trainer.accelerator.end_training()
+    return {n: p.detach().clone() for n, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("window", [1, 3])
+def test_named_children_train_as_in_a_plain_loop(window: int, size: int, ranks: Any, tmp_path: Path) -> None:
+    """Each optimizer's gradients are clipped by their own norm."""
+    module, data = Named(), dataset(CASES[0])
+    optimizers = module.configure_optimizers().values()
+    for epoch in range(3):
+        order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(mix(SEED, epoch)))
+        for indices in order.split(GLOBAL * window):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            module.loss(data[indices]).backward()
+            for optimizer in optimizers:
+                nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.1)
+                optimizer.step()
+    for found in ranks(size, by_named, window, size, tmp_path):
+        for name, weight in module.named_parameters():
+            torch.testing.assert_close(found[name], weight.detach(), rtol=1e-10, atol=1e-12)

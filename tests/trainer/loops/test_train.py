@@ -355,3 +355,17 @@ def devices_of_one(root: Path) -> int:
 
 def test_two_devices_are_two_processes(ranks: Any, tmp_path: Path) -> None:
     assert ranks(2, devices_of_one, tmp_path) == [2, 2]
+
+
+def test_an_epoch_that_is_broken_off_has_no_end(tmp_path: Path) -> None:
+    """The run that is resumed there has it: its hooks and values are those of the whole epoch."""
+    told: list[int] = []
+
+    class Watching(Callback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            told.append(trainer.progress.epoch)
+
+    fit(tmp_path, max_steps=7, callbacks=Watching())
+    assert told == [0]
+    fit(tmp_path, max_steps=10, callbacks=Watching())
+    assert told == [0, 0, 1]
