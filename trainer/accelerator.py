@@ -306,7 +306,17 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         return [None for _ in objects]
 
     def end_training(self) -> None:
-        """Close the trackers, stop the strategies, and the world if it was started here."""
+        """Finish a save that is under way, close the trackers, stop the strategies, and the world if it was started here.
+
+        Raises:
+            CheckpointError: the last `save_state(wait=False)` failed and nobody was told; everything is stopped by then.
+        """
+        try:
+            self._stop()
+        finally:
+            self.settle_saves()
+
+    def _stop(self) -> None:
         self._end_trackers()
         self.strategy.stop()
         for strategy in self.strategies.values():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from ..strategies.errors import CheckpointError, ConfigError
 from . import state as run_state
 
 if TYPE_CHECKING:
+    from ..strategies.checkpoint.background import SaveHandle
     from ..strategies.world import World
     from .accumulation import Window
     from .data.loader import Loader
@@ -48,14 +49,27 @@ class Saving:
                 )
         self.registered.extend(objects)
 
-    def save_state(self, output_dir: str | Path | None = None, *, step: int | None = None) -> Path:
+    @overload
+    def save_state(
+        self, output_dir: str | Path | None = None, *, step: int | None = None, wait: Literal[True] = True
+    ) -> Path: ...
+    @overload
+    def save_state(
+        self, output_dir: str | Path | None = None, *, step: int | None = None, wait: Literal[False]
+    ) -> SaveHandle: ...
+    def save_state(
+        self, output_dir: str | Path | None = None, *, step: int | None = None, wait: bool = True
+    ) -> Path | SaveHandle:
         """Save models, optimizers, schedulers, scaler, loaders' positions, registered objects and random states. Collective.
 
         Args:
             output_dir: the folder that holds the checkpoints; by default `project_dir`/checkpoints.
             step: the number in the checkpoint's name; by default one more than the newest there.
-        Returns: the folder of the committed checkpoint.
+            wait: False returns when the state is copied; a thread writes it while you train on. The next save, `load_state` and
+                `end_training` wait for it, and raise its error.
+        Returns: the folder of the committed checkpoint; without `wait` a handle, whose `wait()` returns when it is committed.
         Raises:
+            CheckpointError: it could not be written, or the save before could not.
             ConfigError: an accumulation window is open, whose gradients no checkpoint holds.
         """
         from ..strategies.checkpoint.store import CheckpointStore
@@ -67,19 +81,25 @@ class Saving:
                 "be lost. Call it when accelerator.sync_gradients is True, after the step."
             )
         store = CheckpointStore(self._folder(output_dir), self.world)
+        self.settle_saves()
         if step is None:
             infos = store.list()
             step = int(self.world.broadcast_json(infos[-1].step + 1 if infos else 1))
         found = run_state.collect(self, self._providers())  # pyright: ignore[reportArgumentType]
-        info = store.save(
-            step,
-            found.tensors,
-            found.values,
-            rank_values=found.rank_values,
-            rank_tensors=found.rank_tensors,
-            meta={"kind": "state"},
-        )
-        return info.path
+        own = {"rank_values": found.rank_values, "rank_tensors": found.rank_tensors}
+        if wait:
+            return store.save(step, found.tensors, found.values, **own, meta={"kind": "state"}).path
+        return store.save(step, found.tensors, found.values, **own, meta={"kind": "state"}, wait=False)
+
+    def settle_saves(self) -> None:
+        """Wait until no save is under way.
+
+        Raises:
+            CheckpointError: the last one failed, and nobody was told yet.
+        """
+        from ..strategies.checkpoint.background import Background
+
+        Background.of(self.world).settle()
 
     def load_state(self, input_dir: str | Path | None = None, *, strict: bool = True) -> Path:
         """Load what `save_state` saved, into the same objects prepared in the same order. Return the checkpoint's folder.
@@ -91,6 +111,7 @@ class Saving:
         from ..strategies.checkpoint.store import CheckpointStore
 
         folder = self._folder(input_dir)
+        self.settle_saves()
         if not (folder / "manifest.json").exists():
             info = CheckpointStore(folder, self.world).latest()
             if info is None:
