@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from . import gradients, named_state
 from .errors import ConfigError
 from .precision.base import Precision
-from .registry import PRECISION_ALIASES, PRECISIONS, STRATEGIES, STRATEGY_ALIASES, find
+from .registry import PRECISION_ALIASES, PRECISIONS, find, find_strategy
 
 if TYPE_CHECKING:
     from .world import World
@@ -51,6 +51,19 @@ class Strategy:
         self.precision: Precision | None = None if precision is None else make_precision(precision)
         self.inference = inference
         self._world: World | None = None
+
+    @classmethod
+    def from_words(cls, number: str | None, axes: Mapping[str, int]) -> dict[str, Any]:
+        """Return the arguments that a string such as "name:2+tp:2" stands for: `number` after the name, and further axes.
+
+        Raises:
+            ConfigError: the strategy takes no such thing.
+        """
+        said = "+".join([f":{number}"] * (number is not None) + [f"{axis}:{n}" for axis, n in axes.items()])
+        raise ConfigError(
+            f"strategy={cls.name!r} takes no degrees, got {said!r} beside it. The number of processes says how many there are: "
+            f"say strategy={cls.name!r}."
+        )
 
     # -- life ---------------------------------------------------------------------------------------------------------
     def start(self, world: World) -> None:
@@ -240,7 +253,10 @@ class Strategy:
 
 
 def make_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
-    """Return the strategy that a name stands for, made with `options`; an object is returned as it is."""
+    """Return the strategy that a string stands for (registry.py has the grammar), made with `options`.
+
+    An object is returned as it is.
+    """
     if isinstance(strategy, Strategy):
         return strategy
     if not isinstance(strategy, str):
@@ -248,7 +264,10 @@ def make_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
             f"strategy must be a name or a Strategy object, got {strategy!r}. "
             "For example strategy='ddp' or strategy=DDPStrategy()."
         )
-    return find("strategies", "strategy", STRATEGIES, STRATEGY_ALIASES, strategy)(**options)
+    cls, number, axes = find_strategy(strategy)
+    if number is not None or axes:
+        options = cls.from_words(number, axes) | options
+    return cls(**options)
 
 
 def make_precision(precision: str | int | Precision) -> Precision:

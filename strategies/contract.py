@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Strategy
+from .checkpoint.layout import Shard
 from .errors import ConfigError, DrivetrainError
 
 if TYPE_CHECKING:
@@ -200,13 +201,34 @@ def _train_part(
     prepared, optimizers = strategy.prepare(models, lambda: make_optimizers(models))
     named = {("optimizer" if i == 0 else f"optimizer_{i}"): o for i, o in enumerate(optimizers)}
     if state is not None:
-        strategy.load_state_tensors(models, named, list(state[0]), state[0].__getitem__, state[1])
+        strategy.load_state_tensors(models, named, list(state[0]), state[0].__getitem__, copy.deepcopy(state[1]))
     steps = [strategy.bind(model, "step") for model in models.values()]
     for window in part:
         losses.append(_one_step(strategy, world, case, window, models, prepared, optimizers, steps))
-    tensors, values = strategy.state_tensors(models, named)
-    weights = {n.removeprefix("model/"): t.detach().clone() for n, t in tensors.items() if n.startswith("model/")}
-    return ({n: t.detach().clone() for n, t in tensors.items()}, copy.deepcopy(values)), weights
+    held, values = strategy.state_tensors(models, named)
+    tensors = put_together(held, world)
+    weights = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
+    return (tensors, copy.deepcopy(values)), weights
+
+
+def put_together(held: Mapping[str, Any], world: World) -> dict[str, Tensor]:
+    """Return the whole tensors of what all ranks hold: tensors, which any rank may leave out, and Shards. Collective."""
+    pieces: dict[str, list[Any]] = {}
+    mine = {
+        n: (t.tensor.detach().cpu(), t.offset, t.shape) if isinstance(t, Shard) else t.detach().cpu() for n, t in held.items()
+    }
+    for rank_holds in world.gather_object(mine):
+        for name, piece in rank_holds.items():
+            pieces.setdefault(name, []).append(piece)
+    found: dict[str, Tensor] = {}
+    for name, some in pieces.items():
+        if isinstance(some[0], Tensor):
+            found[name] = some[0].clone()
+            continue
+        whole = found[name] = torch.zeros(some[0][2], dtype=some[0][0].dtype)
+        for tensor, offset, _ in some:
+            whole[tuple(slice(o, o + n) for o, n in zip(offset, tensor.shape, strict=True))] = tensor
+    return found
 
 
 def _one_step(

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import unknown_name
+from .errors import ConfigError, unknown_name
 
 _BASE = __package__ or "drivetrain.strategies"
 
@@ -18,6 +18,8 @@ _BASE = __package__ or "drivetrain.strategies"
 STRATEGIES: Mapping[str, str] = {
     "single": ".base:Strategy",
     "ddp": ".ddp:DDPStrategy",
+    "fsdp": ".fsdp:FSDPStrategy",
+    "hsdp": ".fsdp:HSDPStrategy",
 }
 PRECISIONS: Mapping[str, str] = {
     "fp32": ".precision.base:Precision",
@@ -31,7 +33,19 @@ PRECISIONS: Mapping[str, str] = {
     "fp8-ao-rowwise-gw-hp": ".precision.float8_ao:rowwise_gw_hp",
 }
 # The peers' spellings of the same thing.
-STRATEGY_ALIASES: Mapping[str, str] = {"single_device": "single", "no": "single", "ddp_spawn": "ddp", "ddp_fork": "ddp"}
+STRATEGY_ALIASES: Mapping[str, str] = {
+    "single_device": "single",
+    "no": "single",
+    "ddp_spawn": "ddp",
+    "ddp_fork": "ddp",
+    "fsdp2": "fsdp",
+}
+AXIS_WORDS: Mapping[str, str] = {
+    "tp": "tensor parallel",
+    "cp": "context parallel",
+    "pp": "pipeline parallel",
+    "ep": "expert parallel",
+}
 PRECISION_ALIASES: Mapping[str, str] = {
     "32": "fp32",
     "32-true": "fp32",
@@ -78,3 +92,48 @@ def load(target: str) -> Any:
     """Import `"module:attribute"`; a leading dot is relative to drivetrain.strategies."""
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module, _BASE), attribute)
+def find_strategy(text: str) -> tuple[type[Any], str | None, dict[str, int]]:
+    """Return (class, number after its name, further axes) of a strategy string.
+
+        string := part ("+" part)*        part := word [":" number]
+    One part names the strategy, in any place; its number means what the strategy says: pieces for "fsdp:2", replicas for
+    "hsdp:2", the stage for "deepspeed:2". The others are axes with their degrees, "tp:2". "fsdp2" is an alias of "fsdp".
+
+    Raises:
+        UnknownName: a word that is neither a strategy nor an axis.
+        ConfigError: two strategies, no strategy, an axis twice, or a degree that is no number.
+    """
+    if text in STRATEGIES or text in STRATEGY_ALIASES or ("+" not in text and ":" not in text and text not in AXIS_WORDS):
+        return find("strategies", "strategy", STRATEGIES, STRATEGY_ALIASES, text), None, {}
+    found: list[tuple[type[Any], str | None]] = []
+    axes: dict[str, int] = {}
+    for part in text.split("+"):
+        word, colon, number = part.strip().partition(":")
+        if word in AXIS_WORDS:
+            if word in axes:
+                raise ConfigError(f"strategy={text!r} names the axis {word} twice. Name it once.")
+            axes[word] = parse_degree(word, number)
+        else:
+            cls = find("strategies", "strategy", STRATEGIES, STRATEGY_ALIASES, word)
+            found.append((cls, number if colon else None))
+    if len(found) != 1:
+        met = "names two strategies" if found else f"names only {', '.join(AXIS_WORDS[a] for a in axes)}"
+        raise ConfigError(
+            f"strategy={text!r} {met}. Expected one strategy, with axes beside it where it takes them, such as 'fsdp:2'."
+        )
+    return *found[0], axes
+
+
+def parse_degree(word: str, number: str) -> int:
+    """Return the degree after `word`, as in "tp:2".
+
+    Raises:
+        ConfigError: it is no whole number of at least 1.
+    """
+    if not number.isdecimal() or int(number) < 1:
+        raise ConfigError(
+            f"{word}:{number} has no degree. Expected a whole number of at least 1 after the colon, such as {word}:2."
+        )
+    return int(number)
+
+

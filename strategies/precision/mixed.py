@@ -14,8 +14,9 @@ Source: Micikevicius et al. 2018, arXiv:1710.03740; torch.amp.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -113,6 +114,8 @@ class FP16Mixed(_Mixed):
         self._loaded: dict[str, Any] | None = None
         self._unscaled: dict[int, Optimizer] = {}  # since the last update: unscaled and not yet stepped
         self._to_update = False  # some optimizer stepped, or skipped its step, since the last update
+        # Set by a strategy whose ranks hold different pieces of the gradients: makes a flag the maximum over ranks, in place.
+        self.agree: Callable[[Tensor], None] | None = None
         self._skips: dict[int, int] = {}  # by optimizer: how many steps in a row were skipped
 
     def available(self, device: torch.device) -> str | None:
@@ -139,8 +142,12 @@ class FP16Mixed(_Mixed):
         """Divide the gradients of `optimizer` by the scale and look for overflow; once until it steps."""
         if id(optimizer) not in self._unscaled:
             device = optimizer.param_groups[0]["params"][0].device
-            self._made(device).unscale_(optimizer)
+            scaler = self._made(device)
+            scaler.unscale_(optimizer)
             self._unscaled[id(optimizer)] = optimizer
+            if self.agree is not None:
+                for flag in scaler._found_inf_per_device(optimizer).values():  # pyright: ignore[reportPrivateUsage]
+                    self.agree(flag)
 
     def step(self, optimizer: Optimizer) -> bool:
         """Step `optimizer` unless its gradients overflowed; return whether it stepped. Reads one number, as torch's own does.
@@ -184,7 +191,7 @@ class FP16Mixed(_Mixed):
         return self._scaler
 
     def _new_scaler(self, device_type: str) -> torch.amp.GradScaler:
-        return torch.amp.GradScaler(device_type, **self._options)
+        return _Scaler(device_type, **self._options)
 
     def _finish_window(self) -> None:
         """Update the scale if the optimizers of the window have stepped."""
@@ -206,6 +213,21 @@ class FP16Mixed(_Mixed):
                 "every loss scale, so the scale is not the reason. The weights are those of the last good step. Look at the "
                 "loss, or use precision='bf16-mixed', which has the range of fp32."
             )
+
+
+class _Scaler(torch.amp.GradScaler):
+    """torch's GradScaler, which also takes gradients that are cut up (DTensors) beside whole ones: it sees this rank's pieces."""
+
+    def _unscale_grads_(self, optimizer: Any, *args: Any) -> dict[torch.device, Tensor]:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if any(hasattr(g, "_local_tensor") for g in grads):
+            holders: list[Tensor] = []
+            for grad in grads:
+                piece = getattr(grad, "_local_tensor", grad)
+                holders.append(piece.detach())  # another object of the same memory, that can hold it as its gradient
+                holders[-1].grad = piece
+            optimizer = SimpleNamespace(param_groups=[{"params": holders}])
+        return super()._unscale_grads_(optimizer, *args)
 
 
 class _True(Precision):

@@ -1,0 +1,464 @@
+"""Fully sharded data parallel on a Mesh (FSDP version 2, and HSDP): every rank holds a piece of each parameter.
+
+The model is cut into units (units.py). Each unit's parameters, and with them gradients and optimizer state, are cut along dim 0
+over `dp_shard` and gathered just before use:
+    forward   all-gather -> compute -> free        backward  all-gather -> compute -> reduce-scatter
+With `dp_replicate > 1` the reduced piece is also all-reduced over the replicas (HSDP). The root is what lies in no unit; it stays
+gathered between forward and backward. The module stays the user's own, with its names; its parameters become DTensors.
+What it adds to torch's fully_shard:
+  * Any step runs as the forward (`bind`); one that fails, or that is not followed by a backward pass, leaves nothing gathered.
+  * Parameters that cannot be cut (0-d) or shall not be (`ignored_parameters`) are held whole, and their gradients averaged.
+  * All ranks start from rank 0's values, unit by unit: models may be built on the meta device (materialize.py).
+  * State has full names and is saved in pieces, so that any strategy on any number of ranks reads it (dtensors.py).
+Read `FSDPStrategy.prepare_model` first.   Source: torch.distributed.fsdp.fully_shard; Zhao et al. 2023, arXiv:2304.11277.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from . import dtensors, gradients, named_state
+from .base import Strategy
+from .errors import ConfigError
+from .fsdp_options import read_peers
+from .mesh import Mesh, ParallelPlan, mesh_of
+from .registry import parse_degree
+from .sharded import Sharded, check_model, persistent_buffers
+from .units import Units, choose_units
+
+if TYPE_CHECKING:
+    from .precision.base import Precision
+    from .world import World
+
+__all__ = ["FSDPStrategy", "HSDPStrategy"]
+
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+class FSDPStrategy(Strategy):
+    """The model in pieces, one on each process; each process reads its slice of the batch.
+
+    Args:
+        plan: dp_shard and dp_replicate; by default all processes shard.
+        units: what is gathered together: "auto" (the repeated blocks, and layers that are big beside them), class names or
+            classes, a number of parameters, a function (name, module) -> bool, or None: the whole model at once.
+        reshard_after_forward: free a unit's parameters after its forward, and gather them again in the backward pass; False
+            saves that for memory; a number gathers from as many neighbours only.
+        offload: "cpu" keeps parameters, gradients and optimizer state in host memory.
+        ignored_parameters: parameters (or names, or modules that hold them) to be held whole on every rank.
+        mixed_precision: torch's MixedPrecisionPolicy instead of the one that follows from the precision (bf16-mixed: bfloat16 is
+            gathered, float32 is reduced, the step runs under autocast as everywhere).
+        sync_each_batch: reduce gradients after every micro-batch of a window: slower, and no whole gradient is kept.
+        forward_prefetch, backward_prefetch: how many units ahead are gathered, said explicitly; torch's own way by default.
+        broadcast_buffers: buffers (BatchNorm's statistics) are rank 0's at each forward, as under ddp.
+        sync_batchnorm: BatchNorm over the batch of all ranks; see batch_norm.py.
+        sync_module_states: start from rank 0's parameters. False trusts that all ranks built the same.
+        forward_methods: further methods that run as the model's forward, such as "generate".
+        peers: FSDP's options of Accelerate and Lightning; see fsdp_options.py.
+    """
+
+    name = "fsdp"
+    reduces_gradients = True
+    needs_group = True
+
+    def __init__(
+        self,
+        *,
+        precision: str | Precision | None = None,
+        inference: bool = False,
+        plan: ParallelPlan | None = None,
+        units: Units = "auto",
+        reshard_after_forward: bool | int = True,
+        offload: str | None = None,
+        ignored_parameters: Iterable[str | nn.Parameter | nn.Module] = (),
+        mixed_precision: MixedPrecisionPolicy | None = None,
+        sync_each_batch: bool = False,
+        forward_prefetch: int = 0,
+        backward_prefetch: Any = None,
+        broadcast_buffers: bool = True,
+        sync_batchnorm: bool = False,
+        sync_module_states: bool = True,
+        forward_methods: Sequence[str] = (),
+        **peers: Any,
+    ) -> None:
+        super().__init__(precision=precision, inference=inference)
+        own = [n for n in FSDPStrategy.__init__.__kwdefaults__ or {} if n != "backward_prefetch"]
+        if backward_prefetch is not None and not isinstance(backward_prefetch, int):
+            peers["backward_prefetch"] = backward_prefetch
+            backward_prefetch = None
+        given = read_peers(peers, own, hybrid=self.name == "hsdp")
+        self.plan: ParallelPlan | None = given.get("plan", plan)
+        self.plan_reason = "asked for"
+        self.units: Units = given.get("units", units)
+        self.reshard_after_forward: bool | int = given.get("reshard_after_forward", reshard_after_forward)
+        self.offload: str | None = given.get("offload", offload)
+        self.ignored_parameters = list(given.get("ignored_parameters", ignored_parameters))
+        self.mixed_precision: MixedPrecisionPolicy | None = given.get("mixed_precision", mixed_precision)
+        self.sync_each_batch = sync_each_batch
+        self.forward_prefetch = int(forward_prefetch)
+        self.backward_prefetch: int | None = backward_prefetch
+        self.broadcast_buffers = broadcast_buffers
+        self.sync_batchnorm = sync_batchnorm
+        self.sync_module_states = sync_module_states
+        self.forward_methods = tuple(forward_methods)
+        self.reduces_gradients = not inference
+        self._check_options()
+        self._mesh: Mesh | None = None
+        self._sharded: dict[int, Sharded] = {}  # by id of the user's module
+        # Parameters that the sharded ones took the place of: id -> (old, new). The old ones are kept, without memory, so that no
+        # other object gets their id, and an optimizer that was built before can be given the new ones.
+        self._replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+
+    def _check_options(self) -> None:
+        if self.offload not in (None, "cpu"):
+            raise ConfigError(
+                f"FSDPStrategy(offload={self.offload!r}): expected 'cpu' or None. Say offload='cpu' for host memory."
+            )
+        if self.mixed_precision is not None and not isinstance(self.mixed_precision, MixedPrecisionPolicy):
+            raise ConfigError(
+                f"mixed_precision={self.mixed_precision!r} is of FSDP version 1. Give a MixedPrecisionPolicy(param_dtype=..., "
+                "reduce_dtype=...) of torch.distributed.fsdp, or leave it out: it follows from the run's precision."
+            )
+        if self.plan is not None:
+            for axis in ("cp", "tp", "pp", "ep"):
+                if getattr(self.plan, axis) != 1:
+                    raise ConfigError(
+                        f"{self.name} has the axes dp_replicate and dp_shard, got {axis} in {self.plan}. Leave {axis} out."
+                    )
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+    def start(self, world: World) -> None:
+        """Lay the processes out on the mesh. Collective."""
+        super().start(world)
+        plan, self.plan_reason = self.choose_plan(world)
+        self.plan = plan.resolve(world.size)
+        self._mesh = mesh_of(world, self.plan)
+        if self.plan.dp_shard == 1 and self.plan.dp_replicate > 1:
+            raise ConfigError(
+                f"{self.name} with {self.plan} shards nothing: each process would hold the whole model. Use strategy='ddp', or "
+                "give dp_shard a part of the processes."
+            )
+        assert self.precision is not None
+        if self.precision.scales_loss:  # overflow in one rank's pieces is overflow
+            self.precision.agree = self._agree  # pyright: ignore[reportAttributeAccessIssue]
+
+    def check_world(self, world: World) -> None:
+        """Any number of processes will do, if there is a process group."""
+        if world.group() is None:
+            raise ConfigError(
+                f"strategy={self.name!r} needs a process group also on one process, and this World has none. Start it with "
+                "World.start(need_group=True), which Trainer and Accelerator do by themselves."
+            )
+
+    @classmethod
+    def from_words(cls, number: str | None, axes: Mapping[str, int]) -> dict[str, Any]:
+        """Read "fsdp", "fsdp:2" (so many pieces) and "hsdp:2" (so many replicas)."""
+        degree = None if number is None else parse_degree(cls.name, number)
+        if axes:
+            degrees = "".join(f"+{axis}:{n}" for axis, n in axes.items())
+            raise ConfigError(
+                f"strategy='{cls.name}{degrees}' names {', '.join(axes)}, which {cls.name} is not combined with yet. It has dp_replicate and dp_shard: say strategy='{cls.name}'."
+            )
+        if degree is None:
+            return {}
+        return {"plan": ParallelPlan(dp_replicate=degree, dp_shard=-1) if cls.name == "hsdp" else ParallelPlan(dp_shard=degree)}
+
+    def choose_plan(self, world: World) -> tuple[ParallelPlan, str]:
+        """Return the plan and the reason for it."""
+        return (self.plan, "asked for") if self.plan is not None else (ParallelPlan(dp_shard=-1), "chosen: all processes shard")
+
+    def stop(self) -> None:
+        """Forget the models. They stay cut up: putting them together again would need every rank, and their whole memory."""
+        self._sharded.clear()
+        self._replaced.clear()
+        if self.precision is not None and getattr(self.precision, "agree", None) is not None:
+            self.precision.agree = None  # pyright: ignore[reportAttributeAccessIssue]
+        self._mesh = None
+        super().stop()
+
+    @property
+    def mesh(self) -> Mesh:
+        if self._mesh is None:
+            raise ConfigError(f"Strategy {self.name!r} was not started. Pass it to a Trainer or an Accelerator, which starts it.")
+        return self._mesh
+
+    @property
+    def data_shard(self) -> tuple[int, int]:
+        """Each rank of dp_replicate x dp_shard reads its own slice."""
+        return self.mesh.index("batch"), self.mesh.size("batch")
+
+    # -- building -----------------------------------------------------------------------------------------------------
+    def prepare_model(self, name: str, model: nn.Module) -> nn.Module:
+        """Convert `model`, cut it up in place, and return it. A model that this strategy cut up already is taken as it is.
+
+        Raises:
+            ConfigError: parameters without shape or values, a model that another strategy cut up, or names that it lacks.
+        """
+        assert self.precision is not None
+        if id(model) in self._sharded:
+            return model
+        check_model(name, model)
+        if self.inference:
+            model.requires_grad_(False)
+            model.eval()
+        model = self.precision.convert(model)
+        mesh, group = self.mesh, self.world.group() if self.world.size > 1 else None
+        if self.sync_batchnorm and not self.inference and group is not None:
+            from .batch_norm import convert_sync_batchnorm
+
+            model = convert_sync_batchnorm(model, None if group is dist.group.WORLD else group, self.device)
+        sharded = Sharded(name, model, ignored=self.ignored_parameters, device=self.device, group=group)
+        replaced = sharded.cut_up(
+            {id(module): path for path, module in choose_units(model, self.units)},
+            policy=self._policy,
+            reshard=self.reshard_after_forward,
+            synced=self.sync_module_states,
+            mesh=mesh.sub("dp_replicate", "dp_shard") if mesh.size("dp_replicate") > 1 else mesh.sub("dp_shard"),
+            offload_policy=self._offload_policy(),
+        )
+        self._replaced.update((id(old), (old, new)) for old, new in replaced)
+        sharded.prefetch(self.forward_prefetch, self.backward_prefetch or 0)
+        sharded.sends_buffers = self.broadcast_buffers and group is not None and any(True for _ in persistent_buffers(model))
+        for method in dict.fromkeys((*(m for m in _STEPS if _is_own(model, m)), *self.forward_methods)):
+            sharded.run_as_forward(method)
+        sharded.hook_forward(None if self.precision.autocast_dtype is None else self.precision.autocast(self.device))
+        self._sharded[id(model)] = sharded
+        return model
+
+    def _policy(self, root: bool) -> MixedPrecisionPolicy:
+        """The dtypes that parameters are gathered and gradients reduced in. Inputs are not cast: autocast does what is needed."""
+        if self.mixed_precision is not None:
+            return self.mixed_precision if not root else replace(self.mixed_precision, cast_forward_inputs=False)
+        assert self.precision is not None
+        dtype = self.precision.autocast_dtype
+        return MixedPrecisionPolicy(
+            param_dtype=dtype,
+            reduce_dtype=torch.float32 if dtype is not None else None,
+            output_dtype=torch.float32 if root and dtype is not None else None,
+            cast_forward_inputs=False,
+        )
+
+    def _offload_policy(self) -> OffloadPolicy:
+        # Pinned memory needs an accelerator: torch's default raises on a machine without one.
+        return CPUOffloadPolicy(pin_memory=self.device.type != "cpu") if self.offload == "cpu" else OffloadPolicy()
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Give an optimizer that was built before its model was cut up the parameters that took the places of its own.
+
+        State that it has already is cut like them.
+        """
+        for group in optimizer.param_groups:
+            parameters = group["params"]
+            parameters[:] = [self._replaced[id(p)][1] if id(p) in self._replaced else p for p in parameters]
+        for old in list(optimizer.state):
+            if id(old) in self._replaced:
+                new, state = self._replaced[id(old)][1], optimizer.state.pop(old)
+                optimizer.state[new] = {k: self._cut(new, v) if isinstance(v, Tensor) else v for k, v in state.items()}
+
+    def _cut(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """Return this rank's part of an optimizer's whole tensor."""
+        return self.place(parameter, "", named_state.Source(lambda _: value)) if value.dim() else value
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Take an optimizer of prepared models, built before or after they were cut up.
+
+        Raises:
+            ConfigError: fused or foreach, asked for over parameters of which some are held whole.
+        """
+        self.adopt(optimizer)
+        for group in optimizer.param_groups:
+            kinds = {isinstance(p, DTensor) for p in group["params"]}
+            asked = [key for key in ("fused", "foreach") if group.get(key)]
+            if len(kinds) > 1 and asked:
+                whole = [n for s in self._sharded.values() for n, p in s.whole.items() if any(p is q for q in group["params"])]
+                raise ConfigError(
+                    f"{type(optimizer).__name__}({asked[0]}=True) takes all parameters of a group at once, and "
+                    f"{', '.join(whole[:5])} are held whole while the others are cut up. Give them a parameter "
+                    f"group of their own, give 0-d parameters shape (1,), or leave {asked[0]} out."
+                )
+        return super().prepare_optimizer(optimizer)
+
+    def bind(self, model: nn.Module, method: str) -> Callable[..., Any]:
+        """Return `model.<method>`, which runs as the model's forward from now on, however it is called."""
+        sharded = self._sharded.get(id(model))
+        if sharded is None:
+            return super().bind(model, method)
+        sharded.run_as_forward(method)
+        return getattr(model, method)
+
+    # -- one micro-batch ----------------------------------------------------------------------------------------------
+    def set_gradient_sync(self, models: Iterable[nn.Module], enabled: bool) -> None:
+        """Say whether the backward pass to come reduces gradients; else each rank keeps whole ones of its own."""
+        if self.sync_each_batch:
+            return
+        for sharded in [self._sharded[id(m)] for m in models if id(m) in self._sharded] or list(self._sharded.values()):
+            sharded.set_sync(enabled)
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Run the backward pass of `loss`; on return each rank has its piece of the mean gradient, unless sync is off."""
+        try:
+            loss.backward(**kwargs)
+        except Exception:
+            for sharded in self._sharded.values():
+                if not sharded.depth:
+                    sharded.root.reset_iter_state()
+            raise
+        if (group := self.mesh.group("batch")) is not None:
+            for sharded in self._sharded.values():
+                if sharded.whole and sharded.syncing:
+                    sharded.average_whole(group, self.mesh.size("batch"))
+
+    def manual_backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """The same inside of a step, which may go on to use the root's parameters: they are gathered again."""
+        self.backward(loss, **kwargs)
+        for sharded in self._sharded.values():
+            if sharded.depth:
+                sharded.root.unshard()
+
+    # -- one optimizer step -------------------------------------------------------------------------------------------
+    def grad_norm(self, parameters: Sequence[nn.Parameter], norm_type: float = 2.0) -> Tensor:
+        """Return the norm over all pieces on all ranks, replicas counted once. Collective."""
+        return dtensors.norm(gradients.gradients(parameters), norm_type)
+
+    def gradients_finite(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Return whether the gradients' pieces are finite on all ranks. Collective: one number."""
+        return dtensors.finite(gradients.gradients(parameters), self.device, self.world.group() if self.world.size > 1 else None)
+
+    def scale_gradients(self, parameters: Sequence[nn.Parameter], factor: Tensor | float) -> None:
+        gradients.scale_(dtensors.locals_of(parameters), factor)
+
+    def clip_values(self, parameters: Sequence[nn.Parameter], limit: float) -> None:
+        gradients.clip_values_(dtensors.locals_of(parameters), limit)
+
+    def _agree(self, flag: Tensor) -> None:
+        if self.world.size > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.world.group())
+
+    def step(self, optimizer: Optimizer) -> bool:
+        """Step `optimizer`; what a forward without a backward pass left gathered is stale then, and freed."""
+        stepped = super().step(optimizer)
+        for sharded in self._sharded.values():
+            sharded.renew()
+        return stepped
+
+    # -- state --------------------------------------------------------------------------------------------------------
+    def sync_buffers(self, models: Iterable[nn.Module]) -> None:
+        """Give rank 0's buffers to all ranks, as the next forward would. Collective."""
+        for model in models:
+            sharded = self._sharded.get(id(model))
+            if sharded is not None and sharded.sends_buffers:
+                sharded.send_buffers()
+
+    def state_tensors(
+        self, models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The same names as on one device; each rank has its `Shard` of what is cut up. Buffers are rank 0's."""
+        self._free()
+        tensors, values = super().state_tensors(models, optimizers)
+        for name, model in models.items() if self.world.rank else ():
+            for key, _ in model.named_buffers():
+                tensors.pop(f"model/{name}/{key}", None)
+        return {name: dtensors.piece(name, tensor) for name, tensor in tensors.items()}, values
+
+    def load_state_tensors(
+        self,
+        models: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        names: Iterable[str],
+        read: Callable[[str], Tensor],
+        values: Mapping[str, Any],
+        *,
+        strict: bool = True,
+    ) -> list[str]:
+        """Load what any strategy saved; of what is cut up here each rank reads its own piece only."""
+        self._free()
+        return super().load_state_tensors(models, optimizers, names, read, values, strict=strict)
+
+    def place(self, own: Tensor, name: str, source: named_state.Source) -> Tensor:
+        """Read `name` in the pieces in which `own` is held."""
+        return dtensors.read_like(own, source.shape(name), functools.partial(source, name))
+
+    def _free(self) -> None:
+        for sharded in self._sharded.values():
+            sharded.free()
+
+    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return all tensors, whole, in host memory on rank 0; nothing on the others. Collective: all ranks call it."""
+        self._free()
+        found: dict[str, Tensor] = {}
+        for key, tensor in model.state_dict().items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.world.is_main:
+                found[key] = whole.detach().cpu()
+        return found
+
+    # -- words --------------------------------------------------------------------------------------------------------
+    def explain(self) -> list[tuple[str, str]]:
+        """Return who holds what: the mesh, the units, and the bytes of each kind on this rank and in all."""
+        rows = [*super().explain(), ("plan", f"{self.plan}   {self.plan_reason}")]
+        for sharded in self._sharded.values():
+            prefix = f"{sharded.name}: " if len(self._sharded) > 1 else ""
+            kinds: dict[str, int] = {}
+            for module, name in zip(sharded.modules, sharded.units, strict=True):
+                kind = type(module).__name__.removeprefix("FSDP") if name else "root"
+                kinds[kind] = kinds.get(kind, 0) + 1
+            rows.append((f"{prefix}units", ", ".join(k if n == 1 else f"{n} x {k}" for k, n in kinds.items())))
+            if sharded.whole:
+                rows.append((f"{prefix}held whole", ", ".join(sharded.whole)))
+            parameters = list(sharded.model.parameters())
+            total, here = _bytes(parameters), _bytes([dtensors.local(p) for p in parameters])
+            trained = [p for p in parameters if p.requires_grad]
+            rows.append((f"{prefix}parameters", f"{here:,} of {total:,} bytes on this rank"))
+            rows.append(
+                (f"{prefix}gradients", f"{_bytes(map(dtensors.local, trained)):,} of {_bytes(trained):,} bytes on this rank")
+            )
+        return rows
+
+
+class HSDPStrategy(FSDPStrategy):
+    """Sharded within groups of processes, replicated over the groups: by default within a node and over the nodes.
+
+    Args: those of FSDPStrategy; `plan` has both dp_replicate and dp_shard.
+    """
+
+    name = "hsdp"
+
+    def choose_plan(self, world: World) -> tuple[ParallelPlan, str]:
+        """Return the plan and the reason for it.
+
+        Raises:
+            ConfigError: no replicas in the plan that was given, or too few processes for both axes.
+        """
+        if self.plan is not None:
+            if self.plan.resolve(world.size).dp_replicate == 1:
+                raise ConfigError(f"hsdp with {self.plan} replicates nothing. Use strategy='fsdp', or set dp_replicate.")
+            return self.plan, "asked for"
+        nodes = world.size // world.local_size
+        if nodes > 1 and world.local_size > 1:
+            return ParallelPlan(dp_replicate=nodes, dp_shard=-1), f"chosen: sharded within a node, replicated over {nodes}"
+        if world.size < 4 or world.size % 2:
+            raise ConfigError(
+                f"strategy='hsdp' was asked for on {world.size} process(es), which cannot be both sharded and replicated. Use "
+                "strategy='fsdp', or start an even number of at least 4."
+            )
+        return ParallelPlan(dp_replicate=2, dp_shard=-1), "chosen: two replicas, since there is one node"
+
+
+def _is_own(model: nn.Module, method: str) -> bool:
+    """Whether the model has a step of that name: its own, not the one of TrainingModule that says that there is none."""
+    found = getattr(type(model), method, None)
+    return found is not None and getattr(found, "__module__", None) != "drivetrain.trainer.module"
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

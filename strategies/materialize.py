@@ -1,0 +1,71 @@
+"""Values for modules that were built on the meta device, one module at a time, so that a model never needs to be whole anywhere.
+
+    with torch.device("meta"):
+        model = Transformer(config)          # no memory, no random numbers
+    walk(model, visit, leave)                # the strategy: give a module its values, cut it up when its unit is complete
+
+Modules are visited in the order of `model.modules()`: the random numbers are the same whatever the strategy, for the same seed.
+A module fills itself by its `reset_parameters()`, as all of torch.nn do; transformers' models by their `_init_weights(module)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .errors import ConfigError
+
+__all__ = ["fill", "has_meta", "walk"]
+
+
+def has_meta(model: nn.Module) -> bool:
+    """Whether any parameter or buffer has no values yet."""
+    return any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+def walk(model: nn.Module, visit: Callable[[str, nn.Module], None], leave: Callable[[str, nn.Module], None]) -> None:
+    """Call `visit(name, module)` before and `leave(name, module)` after the modules inside it; each module once."""
+    seen: set[int] = set()
+
+    def down(name: str, module: nn.Module) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        visit(name, module)
+        for key, child in list(module.named_children()):
+            down(f"{name}.{key}" if name else key, child)
+        leave(name, module)
+
+    down("", model)
+
+
+@torch.no_grad()
+def fill(root: nn.Module, name: str, module: nn.Module, device: torch.device) -> bool:
+    """Give the parameters and buffers that `module` itself holds memory on `device`, and their initial values.
+
+    Returns: whether there was anything to do; then the module's parameters are new objects.
+    Raises:
+        ConfigError: some are on the meta device, and the module does not say how it is initialised.
+    """
+    own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    missing = [key for key, tensor in own.items() if tensor.is_meta]
+    if not missing:
+        return False
+    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    of_root = getattr(root, "_init_weights", None)
+    if not callable(reset) and not callable(of_root):
+        where = f"{name}.{missing[0]}" if name else missing[0]
+        more = f" (and {len(missing) - 1} more of it)" if missing[1:] else ""
+        raise ConfigError(
+            f"{where}{more} is on the meta device, where it has no values, and {type(module).__name__} does not say how it "
+            f"is initialised. Give {type(module).__name__} a method reset_parameters() that fills its own parameters and "
+            "buffers, or build the model outside of torch.device('meta')."
+        )
+    module.to_empty(device=device, recurse=False)
+    if callable(reset):
+        reset()
+    elif callable(of_root):
+        of_root(module)
+    return True

@@ -1,0 +1,273 @@
+"""Sharded: one model that fully_shard cut up, with what `fsdp.py` needs of it; the counterpart of replica.py.
+
+    Sharded(name, model, ...)       which parameters are held whole
+    cut_up(...)                     unit by unit: values, device, rank 0's values, fully_shard; never more than a unit is whole
+    run_as_forward(method)          a step between torch's hooks around a forward
+The module stays the user's own object under its own names; its class gains FSDPModule, its parameters become DTensors.
+It stands on these names of torch that are not documented: `_non_persistent_buffers_set` of nn.Module.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from . import gradients, materialize
+from .errors import ConfigError, suggest
+from .replica import broadcast_buffers_
+
+__all__ = ["Sharded", "check_model", "persistent_buffers"]
+
+
+class Sharded:
+    """A model in pieces.
+
+    Attributes:
+        units: the names of the modules in `modules`; the root, which is the last, has the empty name.
+        whole: the parameters that every rank holds whole, by name.
+        sends_buffers: whether buffers are rank 0's at each forward.
+        depth: how many bound steps of it are running, one inside the other.
+        syncing: whether a backward pass reduces gradients.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, *, ignored: Iterable[Any], device: torch.device, group: dist.ProcessGroup | None
+    ) -> None:
+        self.name, self.model, self.device = name, model, device
+        self.group = group  # of all ranks; None where this one is alone
+        self.units: list[str] = []
+        self.modules: list[FSDPModule] = []
+        self.sends_buffers = False
+        self.depth = 0
+        self.syncing = True
+        self.whole = self._held_whole(ignored)
+
+    @property
+    def root(self) -> FSDPModule:
+        return self.modules[-1]
+
+    # -- building -----------------------------------------------------------------------------------------------------
+    def _held_whole(self, ignored: Iterable[Any]) -> dict[str, nn.Parameter]:
+        """Those ignored by the user, and those that have no dimension to cut."""
+        own = dict(self.model.named_parameters())
+        ids: set[int] = set()
+        for given in ignored:
+            if isinstance(given, nn.Module):
+                ids.update(id(p) for p in given.parameters())
+            elif isinstance(given, nn.Parameter):
+                ids.add(id(given))
+            else:
+                found = [p for key, p in own.items() if key == given or key.startswith(f"{given}.")]
+                if not found:
+                    raise ConfigError(
+                        f"ignored_parameters: model {self.name!r} has no parameter or module {given!r}."
+                        f"{suggest(str(given), own)} Name one of its parameters, or leave it out."
+                    )
+                ids.update(map(id, found))
+        return {key: p for key, p in own.items() if id(p) in ids or p.dim() == 0}
+
+    def cut_up(
+        self,
+        units: Mapping[int, str],
+        *,
+        policy: Callable[[bool], MixedPrecisionPolicy],
+        reshard: bool | int,
+        synced: bool,
+        **options: Any,
+    ) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Cut the model up, module by module; return (old, new) of the parameters that took another's place.
+
+        The old ones lose their memory, or a unit that is cut up would still take it all.
+
+        Args:
+            units: id(module) -> its name.
+            policy: called with whether the module is the root.
+            synced: start from rank 0's values.
+            options: of every call of fully_shard.
+        """
+        model = self.model
+        group = self.group if synced else None
+        replaced: list[tuple[nn.Parameter, nn.Parameter]] = []
+
+        def visit(name: str, module: nn.Module) -> None:
+            if materialize.fill(model, name, module, self.device):  # which makes new parameters
+                own = dict(model.named_parameters())
+                self.whole = {key: own[key] for key in self.whole}
+
+        def leave(name: str, module: nn.Module) -> None:
+            root = module is model
+            if not root and id(module) not in units:
+                return
+            whole = {id(p) for p in self.whole.values()}
+            own = {k: p for k, p in module.named_parameters(remove_duplicate=False) if not isinstance(p, DTensor)}
+            for parameter in {id(p): p for p in own.values()}.values():
+                self._begin(parameter, group)
+            fully_shard(
+                module,
+                mp_policy=policy(root),
+                # None: torch keeps the root gathered until the backward pass, which starts with it.
+                reshard_after_forward=None if root else reshard,
+                ignored_params=set(self.whole.values()) or None,
+                **options,
+            )
+            new = dict(module.named_parameters(remove_duplicate=False))
+            for key, old in own.items():
+                if id(old) not in whole:
+                    replaced.append((old, new[key]))
+                    old.data = old.data.new_empty(0)
+            assert isinstance(module, FSDPModule)
+            self.units.append("" if root else units[id(module)])
+            self.modules.append(module)
+
+        materialize.walk(model, visit, leave)
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(self.device)
+        if group is not None:
+            broadcast_buffers_(model, group)
+        return replaced
+
+    def _begin(self, parameter: nn.Parameter, group: dist.ProcessGroup | None) -> None:
+        """Move a parameter that is still whole to the device, its rows in order, with rank 0's values."""
+        held = parameter.data.to(self.device)
+        parameter.data = held if held.is_contiguous() else held.contiguous()
+        if group is not None:
+            dist.broadcast(parameter.data, group=group, group_src=0)
+
+    def prefetch(self, forward: int, backward: int) -> None:
+        """Gather so many units ahead, said explicitly; 0 leaves it to torch."""
+        units = self.modules[:-1]
+        for i, unit in enumerate(units):
+            if forward:
+                unit.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + forward])
+            if backward:
+                unit.set_modules_to_backward_prefetch(units[max(0, i - backward) : i][::-1])
+
+    def hook_forward(self, context: Any) -> None:
+        """Let the model that is called bare do what a bound step does; `context` is what its forward runs in, or None."""
+        model = self.model
+        if context is not None:
+            # Where the model is called bare, its gathered 16-bit parameters meet 32-bit inputs.
+            model.forward = _inside(context, model.forward)
+        model.register_forward_pre_hook(self._before_forward)
+        model.register_forward_hook(self._after_forward)
+
+    # -- running ------------------------------------------------------------------------------------------------------
+    def run_as_forward(self, method: str) -> None:
+        """Let `model.<method>` run as a forward, however it is called."""
+        model = self.model
+        if not callable(getattr(model, method, None)):
+            raise ConfigError(
+                f"{type(model).__name__.removeprefix('FSDP')} has no method {method!r} that could run as its forward. "
+                "Name one that it has."
+            )
+        if isinstance(vars(model).get(method), _Step):
+            return
+        register_fsdp_forward_method(model, method)
+        setattr(model, method, _Step(self._run, vars(model)[method]))
+
+    def _run(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a step between torch's hooks. This frame is the only one of ours on the way to it."""
+        if self.sends_buffers and not self.depth and torch.is_grad_enabled():
+            self.send_buffers()
+        self.depth += 1
+        try:
+            return step(*args, **kwargs)
+        except Exception:
+            if self.depth == 1:  # or the next step would find half of this one
+                self.root.reset_iter_state()
+            raise
+        finally:
+            self.depth -= 1
+            if not self.depth and not torch.is_grad_enabled():
+                self.root.reshard()
+
+    def _before_forward(self, model: nn.Module, args: Any) -> None:
+        if self.sends_buffers and not self.depth and torch.is_grad_enabled():
+            self.send_buffers()
+
+    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        # Without a backward pass nobody else would free the root's parameters, and what is written into them would be lost.
+        if not self.depth and not torch.is_grad_enabled():
+            self.root.reshard()
+
+    def send_buffers(self) -> None:
+        """Give rank 0's persistent buffers to all ranks. Collective."""
+        if self.group is not None:
+            with torch.no_grad():
+                for buffer in persistent_buffers(self.model):
+                    dist.broadcast(buffer, group=self.group, group_src=0)
+
+    def set_sync(self, enabled: bool) -> None:
+        if self.syncing is not enabled:
+            self.root.set_requires_gradient_sync(enabled)
+            self.syncing = enabled
+
+    def average_whole(self, group: dist.ProcessGroup, count: int) -> None:
+        """Make the gradients of the parameters that are held whole the mean over `group`. Collective: one all-reduce."""
+        grads = gradients.gradients(self.whole.values())
+        if not grads:
+            return
+        wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+        flat = torch.cat([g.reshape(-1).to(wide) for g in grads])
+        dist.all_reduce(flat, group=group)
+        flat /= count
+        for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(mean.view(grad.shape))
+
+    def renew(self) -> None:
+        """Free what is gathered; inside of a step, gather the root's parameters again: the step may go on to use them."""
+        self.root.reshard()
+        if self.depth:
+            self.root.unshard()
+
+    def free(self) -> None:
+        """Free whatever is gathered: a step may have been broken off."""
+        for module in self.modules:
+            module.reshard()
+
+
+class _Step(functools.partial[Any]):
+    """What stands on a module in the place of a step: a class of its own, to be known again."""
+
+
+def check_model(name: str, model: nn.Module) -> None:
+    """Refuse a model that cannot be cut up.
+
+    Raises:
+        ConfigError: a parameter without a shape, or one that is cut up already.
+    """
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ConfigError(
+                f"{key} of model {name!r} has no shape yet (a lazy module), so it cannot be cut up. Run one batch through the "
+                "model before it is prepared."
+            )
+        if isinstance(tensor, DTensor):
+            raise ConfigError(
+                f"{key} of model {name!r} is cut up already, by another strategy or an earlier run. Build the model again, or "
+                "prepare it once."
+            )
+
+
+def persistent_buffers(model: nn.Module) -> Iterable[Tensor]:
+    """The buffers that are part of the state: what is not can be derived, and need not be sent."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield buffer
+
+
+def _inside(context: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with context:
+            return forward(*args, **kwargs)
+
+    return run
