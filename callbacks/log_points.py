@@ -6,7 +6,7 @@ log point of the same step: so the first call at a multiple of `log_every_n_step
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .base import Callback
 
@@ -32,3 +32,6 @@ class LogPointCallback(Callback):
         if every > 0 and step % every == 0 and step != self._last_log_point:
             self._last_log_point = step
             self.log_point(trainer, metrics, step)
+
+    def on_load_checkpoint(self, trainer: TrainerView, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        self._last_log_point = -1  # a run that was rolled back comes to the same steps again

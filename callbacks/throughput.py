@@ -57,6 +57,10 @@ class ThroughputMonitor(LogPointCallback):
             own = own() if callable(own) else own
             self.flops = float(own) if isinstance(own, int | float) else None
 
+    def on_load_checkpoint(self, trainer: TrainerView, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, module, checkpoint)
+        self._points.clear()  # the counts of a run that was rolled back went down
+
     def on_validation_start(self, trainer: TrainerView, module: nn.Module) -> None:
         self._pause_start = time.perf_counter()
 

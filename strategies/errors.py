@@ -6,6 +6,7 @@
     │   └── MissingDependency            an optional package is not installed: with the pip line
     ├── DataError(ValueError)            the loader, the batch or the step's return value       exit code 1
     ├── NonFiniteError(ArithmeticError)  a loss or gradient is NaN or Inf; the weights are unchanged   exit code 1
+    ├── LossSpikeError(ArithmeticError)  the loss left what it was before: found by the Health callback   exit code 1
     ├── CheckpointError(RuntimeError)    a checkpoint is missing, damaged or of another model   exit code 3
     └── DistributedError(RuntimeError)   ranks disagree, do not answer or could not start       exit code 1
 
@@ -44,6 +45,10 @@ class DataError(DrivetrainError, ValueError):
 
 class NonFiniteError(DrivetrainError, ArithmeticError):
     """A loss or a gradient is NaN or Inf. It was met before the update: the weights are unchanged."""
+
+
+class LossSpikeError(DrivetrainError, ArithmeticError):
+    """A loss is far above what it was before. The weights hold the steps up to it; the checkpoints from before do not."""
 
 
 class CheckpointError(DrivetrainError, RuntimeError):

@@ -103,3 +103,11 @@ def _by_device(grads: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
     for g in grads:
         groups.setdefault(g.device, []).append(g)
     return groups
+
+
+def mean_loss(loss: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Return the mean that `loss` stands for: itself, or over its items where it is a sum. 0-d fp32, detached."""
+    value = loss.detach().float().reshape(())
+    if num_items is None:
+        return value
+    return value / (num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1))

@@ -18,6 +18,7 @@ from . import state as run_state
 from .boundary import EPOCH, Boundary
 from .defaults import make_accelerator
 from .launch.script import ensure_ranks
+from .rollback import RollBack, RollsBack
 from .running_values import RunningValues
 from .save_handle import Saving
 
@@ -53,7 +54,7 @@ class Leave(BaseException):
         self.code = code
 
 
-class Runtime:
+class Runtime(RollsBack):
     """The state of a run, and what its loops and callbacks do with it."""
 
     # Set by Trainer.__init__.
@@ -76,6 +77,7 @@ class Runtime:
         self.is_resumed = False
         self.resumed_mid_epoch = False
         self.due: tuple[str, ...] = ()  # what a resumed run has to do first (boundary.py)
+        self.rolling_back: RollBack | None = None  # what the loop does when the step is done
         self.in_window = False  # a step, or an epoch's end, is under way: no checkpoint can be taken
         self.pending_saves: list[Saving] = []
         self.save_failed = False  # set by the thread that writes; taken up after the running step

@@ -115,7 +115,7 @@ class Session:
         trainer, module = self.trainer, self.trainer.module
         self._resume_asked = None if resume is None else str(resume)
         self._check_fit(module)
-        trainer.should_stop = False
+        trainer.should_stop, trainer.rolling_back = False, None
         trainer.pending_saves.clear()
         trainer.run_folder = open_run(
             trainer.options["root"], trainer.options["name"], resume, trainer.world, create=defaults.writes(trainer)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..strategies.errors import DataError, NonFiniteError
+from ..strategies.gradients import mean_loss
 from . import config as configuration
 from .accumulation import MEAN, SUM, mixed_window
 
@@ -50,6 +51,8 @@ class Stepping:
     _bound: dict[Callable[..., Any], Callable[..., Any]]
     _accumulating: Accumulating
     _gated: Tensor | None = None
+    loss_limit: Tensor | None = None  # 0-d: a step with a micro-batch whose mean loss is above it is left out, as if it were NaN
+    nonfinite_steps: int = 0  # steps left out because a gradient was NaN or Inf, as of now (CPU) or of the last `check_finite`
     wants_norm: bool = False  # whether the next step should leave its norm in last_grad_norm; the Trainer asks at log points
 
     def _configure_hot_path(self) -> None:
@@ -132,6 +135,9 @@ class Stepping:
             window.alone(self.active_loader, fresh=stepped or not window.number)
         for hook in self.before_backward:
             hook(loss)
+        if self.loss_limit is not None:
+            # NaN gradients on one rank are NaN on all: every rank leaves the step out, and no value is read to decide it.
+            loss = loss * torch.where(mean_loss(loss, num_items) > self.loss_limit, math.nan, 1.0).to(loss.dtype)
         if num_items is not None:
             loss = window.weigh_sum(loss, num_items, self.world)
         else:
@@ -253,6 +259,7 @@ class Stepping:
                 "weights hold none of it. Lower the learning rate, clip the gradients, or pass nonfinite='skip' to go on."
             )
         self.skipped_steps += count
+        self.nonfinite_steps += count
         return count
 
     def _gradients_not_finite(self, optimizer: PreparedOptimizer) -> None:
@@ -264,6 +271,7 @@ class Stepping:
                 "step. Lower the learning rate, clip the gradients, or pass nonfinite='skip' to leave such steps out."
             )
         self.skipped_steps += 1
+        self.nonfinite_steps += 1
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor | None:
         """Scale the gradients of `parameters` to a joint norm of at most `max_norm` when the window is complete.

@@ -82,6 +82,11 @@ class Tracking:
             if key in state:
                 logger.load_state_dict(state[key])
 
+    def roll_back(self, state: Mapping[str, Any], step: int) -> None:
+        """The run went back to `step`, where `state_dict` was `state`: let the loggers that can forget what came after it."""
+        for handle, (key, _) in zip(self._handles, self._keys(), strict=False):  # there are no handles but on rank 0
+            handle.roll_back(state.get(key, {}), step)
+
     def _keys(self) -> list[tuple[str, Logger]]:
         """Each logger under its name, numbered where several of one's own class share it."""
         keys: dict[str, Logger] = {}
@@ -112,6 +117,10 @@ class _Handle:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         if self.alive:
             self._call("log", lambda: self.logger.log(metrics, step))
+
+    def roll_back(self, state: Mapping[str, Any], step: int) -> None:
+        if self.alive and not self.logger.remote:
+            self._call("roll_back", lambda: self.logger.roll_back(state, step))
 
     def close(self, status: str) -> None:
         if self.alive:

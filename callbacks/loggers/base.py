@@ -76,6 +76,9 @@ class Logger:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back, before `start`."""
 
+    def roll_back(self, state: Mapping[str, Any], step: int) -> None:
+        """The running training went back to `step`, at which `state_dict` was `state`; not called where `remote`."""
+
 
 _SECRET_WORDS = {
     "token",

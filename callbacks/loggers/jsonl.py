@@ -48,6 +48,13 @@ class JSONLLogger(Logger):
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
+    def roll_back(self, state: Mapping[str, Any], step: int) -> None:
+        assert self._file is not None
+        path = Path(self._file.name)
+        self._file.close()
+        cut_back(path, step, num_bytes=state.get("bytes"))
+        self._file = path.open("a", encoding="utf-8")
+
     def close(self, status: str) -> None:
         if self._file is not None:
             self._file.close()

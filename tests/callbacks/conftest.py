@@ -22,6 +22,7 @@ class Progress:
     samples: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    skipped: int = 0
 
 
 @dataclass

@@ -22,8 +22,10 @@ from ...callbacks.runner import is_overridden
 from ...strategies.errors import DataError
 from ..accumulation import SUM
 from ..boundary import EPOCH, STEP
+from ..rollback import go_on, restore
 
 if TYPE_CHECKING:
+    from ..rollback import RollBack
     from ..trainer import Trainer
 
 __all__ = ["TrainLoop"]
@@ -62,7 +64,9 @@ class TrainLoop:
                 self.loader.set_epoch(progress.epoch)
                 self.hooks.call("on_train_epoch_start")
             ended = self._epoch(trainer.take_resumed_mid_epoch())
-            if ended:
+            if trainer.rolling_back is not None:
+                self._roll_back(trainer.rolling_back)
+            elif ended:
                 self._end_epoch()
                 self._note()
 
@@ -76,6 +80,22 @@ class TrainLoop:
         if EPOCH in due and not trainer.should_stop:
             trainer.take_resumed_mid_epoch()
             self._end_epoch()
+
+    def _roll_back(self, back: RollBack) -> None:
+        """Go on from an older checkpoint with the data that come now: what that one had still to do comes first."""
+        trainer, progress = self.trainer, self.progress
+        restore(trainer, back)
+        self._do_what_is_due()
+        while progress.epoch < back.epoch and not trainer.should_stop:  # its epoch ended meanwhile: it ends again, without them
+            if not progress.batch_in_epoch:
+                self.hooks.call("on_train_epoch_start")
+            self._end_epoch()
+        if not trainer.should_stop:
+            if not progress.batch_in_epoch:
+                self.hooks.call("on_train_epoch_start")
+            go_on(trainer, back)
+        self._plan_events()
+        self._note()
 
     def _note(self) -> None:
         if self.trainer.notes_steps:
@@ -123,6 +143,8 @@ class TrainLoop:
                     self._after_step()
                     if trainer.leaving:
                         return False
+                if trainer.rolling_back is not None:
+                    return False
                 if checks_time:
                     trainer.clock.check(control)
                 if trainer.save_failed:
@@ -219,6 +241,8 @@ class TrainLoop:
         trainer, step = self.trainer, self.progress.global_step
         if trainer.log_every_n_steps > 0 and step % trainer.log_every_n_steps == 0:
             trainer.log_point(self.metrics)
+            if trainer.rolling_back is not None:
+                return
         self._validate_and_save()
         self._plan_events()
 
