@@ -67,6 +67,9 @@ class Losses(Callback):
         rate = next(iter(trainer.optimizers.values())).param_groups[0]["lr"]
         self.found[step] = (loss.item() if loss is not None else math.nan, rate)
 
+    def on_load_checkpoint(self, trainer: Any, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        self.found = {step: value for step, value in self.found.items() if step <= trainer.progress.global_step}
+
 
 def data(batches: int, poisoned: Sequence[int] = (), *, value: float = HIGH, size: int = BATCH) -> TensorDataset:
     """So many batches of regression; the last sample of each of the poisoned ones is far off."""
