@@ -31,6 +31,11 @@ PRECISIONS: Mapping[str, str] = {
     "fp8-ao": ".precision.float8_ao:Float8AO",
     "fp8-ao-rowwise": ".precision.float8_ao:rowwise",
     "fp8-ao-rowwise-gw-hp": ".precision.float8_ao:rowwise_gw_hp",
+    "mxfp8-ao": ".precision.mx_ao:MXFP8AO",
+    "nvfp4-ao": ".precision.mx_ao:NVFP4AO",
+    "int8-ao": ".precision.quantized:Int8AO",
+    "int8-weights-ao": ".precision.quantized:Int8WeightsAO",
+    "bitnet-ao": ".precision.quantized:BitNetAO",
 }
 # The peers' spellings of the same thing.
 STRATEGY_ALIASES: Mapping[str, str] = {
@@ -88,10 +93,6 @@ def find(family: str, kind: str, builtin: Mapping[str, str], aliases: Mapping[st
     raise unknown_name(kind, name, [*builtin, *installed])
 
 
-def load(target: str) -> Any:
-    """Import `"module:attribute"`; a leading dot is relative to drivetrain.strategies."""
-    module, _, attribute = target.partition(":")
-    return getattr(importlib.import_module(module, _BASE), attribute)
 def find_strategy(text: str) -> tuple[type[Any], str | None, dict[str, int]]:
     """Return (class, number after its name, further axes) of a strategy string.
 
@@ -137,3 +138,7 @@ def parse_degree(word: str, number: str) -> int:
     return int(number)
 
 
+def load(target: str) -> Any:
+    """Import `"module:attribute"`; a leading dot is relative to drivetrain.strategies."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module, _BASE), attribute)

@@ -31,8 +31,8 @@ def load(name: str, *, wanted_by: str) -> ModuleType:
         if reason := missing(wanted_by):
             raise MissingDependency(reason) from None
         raise MissingDependency(
-            f"{wanted_by} needs torchao.{name}, which the installed torchao {version()} lacks ({error}). It was written for 0.18: "
-            f"{NEEDED}."
+            f"{wanted_by} needs torchao.{name}, which the installed torchao {version()} lacks ({error}). "
+            f"It was written for 0.18: {NEEDED}."
         ) from error
     finally:
         logging.disable(before)

@@ -27,9 +27,11 @@ from ..errors import ConfigError
 from .base import Precision
 from .mixed import BF16Mixed, BF16True
 
-__all__ = ["Choice", "LinearPrecision", "LowPrecisionLinear", "Matmul", "Report", "choose", "layer_errors", "restore", "swap", "verify"]
+__all__ = ["Choice", "LinearPrecision", "LowPrecisionLinear", "Matmul", "Report"]
+__all__ += ["choose", "layer_errors", "relative_error", "restore", "swap", "verify"]
 
 _SHOWN = 4  # how many names of one kind a line lists
+_PRODUCTS = ("output", "input's gradient", "weight's gradient")
 _ROWS = 53  # of the input of a check; no multiple of anything, so that the padding is checked too
 
 
@@ -124,9 +126,10 @@ def choose(model: nn.Module, choice: Choice, multiple: int, name: str = "") -> R
     for pattern in choice.skip:
         if not any(fnmatch.fnmatchcase(n, pattern) for n in linears):
             raise ConfigError(
-                f"skip={pattern!r} meets no Linear of {report.model}; it has {_names(list(linears)) or 'none'}. Correct it or leave it out."
+                f"skip={pattern!r} meets no Linear of {report.model}; it has {_names(list(linears)) or 'none'}. "
+                "Correct it or leave it out."
             )
-    ends = {n for n in (*list(linears)[:1], *list(linears)[-1:])} if choice.skip_first_and_last else set()
+    ends = {*list(linears)[:1], *list(linears)[-1:]} if choice.skip_first_and_last else set()
     for n, module in linears.items():
         reason = _reason(n, module, choice, multiple, ends)
         if reason is None:
@@ -152,14 +155,14 @@ def _reason(name: str, module: nn.Linear, choice: Choice, multiple: int, ends: s
 def swap(model: nn.Module, names: Sequence[str], matmul: Matmul) -> None:
     """Make the Linears `names` of `model` multiply by `matmul`, in place."""
     for name in names:
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         module.__class__ = LowPrecisionLinear
-        module.matmul = matmul  # pyright: ignore[reportAttributeAccessIssue]
+        module.matmul = matmul
 
 
 def restore(model: nn.Module) -> int:
     """Make every `LowPrecisionLinear` of `model` a plain Linear again; return how many there were."""
-    found = [m for m in model.modules() if type(m) is LowPrecisionLinear]
+    found: list[Any] = [m for m in model.modules() if type(m) is LowPrecisionLinear]
     for module in found:
         del module.matmul
         module.__class__ = nn.Linear
@@ -173,7 +176,7 @@ def verify(model: nn.Module, report: Report, precision: str, limits: tuple[float
     Args:
         limits: relative errors (2-norm of the difference over that of the truth): of the output, and of the gradients.
     Raises:
-        ConfigError: an output that equals bf16's bit for bit (the backend does nothing), or an error above its limit.
+        ConfigError: all that it gives equals bf16's bit for bit (the backend does nothing), or an error is above its limit.
     """
     seen: set[tuple[int, int, torch.dtype]] = set()
     for name in report.converted:
@@ -188,10 +191,10 @@ def verify(model: nn.Module, report: Report, precision: str, limits: tuple[float
         where = f"precision={precision!r}: {name} of {report.model}, {module.in_features}x{module.out_features},"
         if errors["equal"]:
             raise ConfigError(
-                f"{where} gives the output of bf16 bit for bit, so nothing was converted. That is a fault of the backend with "
-                "this version of torch or torchao. Use precision='bf16-mixed', or another backend."
+                f"{where} gives the output and gradients of bf16 bit for bit: nothing was converted. "
+                "That is a fault of the backend with this version of torch or torchao. Use 'bf16-mixed' or another backend."
             )
-        for what, limit in (("output", limits[0]), ("input's gradient", limits[1]), ("weight's gradient", limits[1])):
+        for what, limit in zip(_PRODUCTS, (limits[0], limits[1], limits[1]), strict=True):
             if not errors[what] <= limit:
                 raise ConfigError(
                     f"{where} has a relative error of {errors[what]:.3g} in its {what} where at most {limit:g} was expected. Its "
@@ -200,7 +203,7 @@ def verify(model: nn.Module, report: Report, precision: str, limits: tuple[float
 
 
 def _errors(module: LowPrecisionLinear, device: torch.device) -> dict[str, float]:
-    """Return the relative errors of the output and of both gradients, and whether the output equals bf16's."""
+    """Return the relative errors of the output and of both gradients, and whether all three equal those of bf16."""
     own = torch.Generator().manual_seed(0)  # the run's random numbers are not touched
     weight = module.weight.detach()
     if weight.is_meta or not weight.any():  # no values yet, or zeros (the B of a LoRA pair), which every format can hold
@@ -209,21 +212,27 @@ def _errors(module: LowPrecisionLinear, device: torch.device) -> dict[str, float
     weight = weight.to(device, module.weight.dtype)
     x = torch.randn(_ROWS, module.in_features, generator=own).to(device, dtype)
     grad = torch.randn(_ROWS, module.out_features, generator=own).to(device, dtype)
-    probe = copy.copy(module)
     leaf = nn.Parameter(weight.clone())
+    probe = copy.copy(module)
     probe.__dict__["_parameters"] = {"weight": leaf, "bias": None}
-    inputs = x.clone().requires_grad_()
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        output = probe.forward(inputs)
-        output.backward(grad)
-    assert inputs.grad is not None and leaf.grad is not None
+    found = _products(probe.forward, x, leaf, grad)
+    plain = nn.Parameter(weight.clone())
+    usual = _products(lambda x: F.linear(x, plain.to(dtype)), x, plain, grad)
     exact, slope = weight.double(), grad.double()
-    return {
-        "equal": torch.equal(output.detach(), F.linear(x, weight.to(dtype))),
-        "output": relative_error(output, x.double() @ exact.T),
-        "input's gradient": relative_error(inputs.grad, slope @ exact),
-        "weight's gradient": relative_error(leaf.grad, slope.T @ x.double()),
-    }
+    truth = (x.double() @ exact.T, slope @ exact, slope.T @ x.double())
+    errors = {what: relative_error(f, t) for what, f, t in zip(_PRODUCTS, found, truth, strict=True)}
+    return errors | {"equal": all(torch.equal(f, u) for f, u in zip(found, usual, strict=True))}
+
+
+def _products(forward: Callable[[Tensor], Tensor], x: Tensor, weight: nn.Parameter, grad: Tensor) -> tuple[Tensor, ...]:
+    """Return the output of `forward`, and the gradients of its input and weight."""
+    inputs = x.clone().requires_grad_()
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        output = forward(inputs)
+        output.backward(grad)
+    assert inputs.grad is not None
+    assert weight.grad is not None
+    return output.detach(), inputs.grad, weight.grad
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
@@ -265,15 +274,13 @@ class LinearPrecision(Precision):
     def __init__(self, choice: Choice, base: str | Precision = "bf16-mixed") -> None:
         self.choice = choice
         bases = {"bf16-mixed": BF16Mixed, "bf16-true": BF16True, "fp32": Precision}
-        if isinstance(base, str):
-            if base not in bases:
-                raise ConfigError(
-                    f"base={base!r} cannot hold what {self.name} leaves in high precision. Use one of {', '.join(map(repr, bases))}."
-                )
-            base = bases[base]()
-        self.base = base
-        self.param_dtype = base.param_dtype
-        self.autocast_dtype = base.autocast_dtype
+        if isinstance(base, str) and base not in bases:
+            raise ConfigError(
+                f"base={base!r} cannot hold what {self.name} leaves in high precision. Use one of {', '.join(map(repr, bases))}."
+            )
+        self.base: Precision = bases[base]() if isinstance(base, str) else base
+        self.param_dtype = self.base.param_dtype
+        self.autocast_dtype = self.base.autocast_dtype
         self.reports: list[Report] = []
         self._device = torch.device("cpu")
 

@@ -218,7 +218,9 @@ class FP16Mixed(_Mixed):
 class _Scaler(torch.amp.GradScaler):
     """torch's GradScaler, which also takes gradients that are cut up (DTensors) beside whole ones: it sees this rank's pieces."""
 
-    def _unscale_grads_(self, optimizer: Any, *args: Any) -> dict[torch.device, Tensor]:
+    def _unscale_grads_(
+        self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if any(hasattr(g, "_local_tensor") for g in grads):
             holders: list[Tensor] = []
@@ -227,7 +229,7 @@ class _Scaler(torch.amp.GradScaler):
                 holders.append(piece.detach())  # another object of the same memory, that can hold it as its gradient
                 holders[-1].grad = piece
             optimizer = SimpleNamespace(param_groups=[{"params": holders}])
-        return super()._unscale_grads_(optimizer, *args)
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
 
 
 class _True(Precision):

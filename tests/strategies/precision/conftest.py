@@ -1,0 +1,8 @@
+"""Fixtures of the precisions' tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # for tiny_gpt, which several tests share
