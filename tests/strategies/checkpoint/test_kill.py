@@ -174,6 +174,22 @@ def saves_and_prunes(root: Path, told: int) -> None:
     saver.remove([3])
 
 
+def saves_beside(root: Path, told: int) -> None:
+    """The same while the weights go on changing: saves on a thread, which also deletes."""
+    saver = CheckpointStore(root)
+    weights = {f"w{i}": torch.full((10,), 2.0) for i in range(3)}
+    for step, gone in ((3, []), (3, [1, 2]), (4, [3])):
+        for w in weights.values():
+            w.fill_(step)
+        handle = saver.save(
+            step, weights, {"step": step}, rank_values={"step": step}, meta={"step": step}, remove=gone, wait=False
+        )
+        for w in weights.values():
+            w.fill_(-1.0)
+        handle.wait()
+        os.pwrite(told, struct.pack("q", step), 0)
+
+
 @pytest.fixture
 def memory_path(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory, where there is one: fsync costs nothing there, and these tests look at calls, not at a disk."""
@@ -182,8 +198,14 @@ def memory_path(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def at_every_call(tmp_path: Path, happen: Callable[[Disk, str, tuple[Any, ...]], None], *, fsync: bool = True) -> int:
-    """Start `saves_and_prunes` once for every k, until it gets through; return how many k there were."""
+def at_every_call(
+    tmp_path: Path,
+    happen: Callable[[Disk, str, tuple[Any, ...]], None],
+    *,
+    fsync: bool = True,
+    action: Callable[[Path, int], None] = saves_and_prunes,
+) -> int:
+    """Start `action` once for every k, until it gets through; return how many k there were."""
     base = tmp_path / "base"
     in_child(lambda: [save(CheckpointStore(base), step) for step in (1, 2)])  # type: ignore[func-returns-value]
     for k in range(1, 1000):
@@ -194,7 +216,7 @@ def at_every_call(tmp_path: Path, happen: Callable[[Disk, str, tuple[Any, ...]],
 
         def victim(root: Path = root, told: int = told, k: int = k) -> None:
             Disk(k, happen, fsync=fsync).install()
-            saves_and_prunes(root, told)
+            action(root, told)
 
         code = in_child(victim)
         acknowledged = struct.unpack("q", os.pread(told, 8, 0))[0]
@@ -214,6 +236,13 @@ def at_every_call(tmp_path: Path, happen: Callable[[Disk, str, tuple[Any, ...]],
 def test_a_kill_at_any_system_call_loses_nothing(happen: Callable[[Disk, str, tuple[Any, ...]], None], memory_path: Path) -> None:
     calls = at_every_call(memory_path, happen)
     assert calls > 60  # three saves and two deletions: the hook saw them all
+
+
+@pytest.mark.parametrize("happen", [pytest.param(kill, marks=pytest.mark.slow), cut_power])
+def test_a_kill_at_any_system_call_of_a_save_beside_the_training_loses_nothing(
+    happen: Callable[[Disk, str, tuple[Any, ...]], None], memory_path: Path
+) -> None:
+    assert at_every_call(memory_path, happen, action=saves_beside) > 60
 
 
 def test_the_test_notices_a_missing_fsync(memory_path: Path) -> None:
