@@ -30,6 +30,7 @@ from .precision.base import Precision
 from .registry import PRECISION_ALIASES, PRECISIONS, find, find_strategy
 
 if TYPE_CHECKING:
+    from .mesh import ParallelPlan
     from .world import World
 
 __all__ = ["Strategy", "make_precision", "make_strategy"]
@@ -85,6 +86,19 @@ class Strategy:
             raise ConfigError(
                 f"strategy='single' was asked for on {world.size} processes, which would train {world.size} models that do not "
                 "know of each other. Use strategy='ddp' (or 'auto'), or start one process."
+            )
+
+    def take_plan(self, plan: ParallelPlan, world_size: int) -> None:
+        """Take the run's `plan`, before `start`. Without an axis of its own a strategy can only hold copies.
+
+        Raises:
+            ConfigError: the plan does not fit the number of processes, or names an axis that the strategy has not.
+        """
+        others = [a for a, d in plan.resolve(world_size).degrees().items() if d > 1 and a != "dp_replicate"]
+        if others:
+            raise ConfigError(
+                f"The plan {plan} names {', '.join(others)}, and strategy={self.name!r} holds a whole copy on each process. "
+                " Leave strategy out, which then follows the plan, or the axis."
             )
 
     def stop(self) -> None:

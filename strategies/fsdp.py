@@ -167,11 +167,19 @@ class FSDPStrategy(Strategy):
         if axes:
             degrees = "".join(f"+{axis}:{n}" for axis, n in axes.items())
             raise ConfigError(
-                f"strategy='{cls.name}{degrees}' names {', '.join(axes)}, which {cls.name} is not combined with yet. It has dp_replicate and dp_shard: say strategy='{cls.name}'."
+                f"strategy='{cls.name}{degrees}' names {', '.join(axes)}, which {cls.name} is not combined with yet. "
+                f"It has dp_replicate and dp_shard: say strategy='{cls.name}'."
             )
         if degree is None:
             return {}
         return {"plan": ParallelPlan(dp_replicate=degree, dp_shard=-1) if cls.name == "hsdp" else ParallelPlan(dp_shard=degree)}
+
+    def take_plan(self, plan: ParallelPlan, world_size: int) -> None:
+        """Take the run's plan, where this strategy was not given one of its own."""
+        if self.plan is not None and self.plan.resolve(world_size) != plan.resolve(world_size):
+            raise ConfigError(f"The run's plan is {plan}, and its strategy was given {self.plan}. Name it once.")
+        self.plan = plan
+        self._check_options()
 
     def choose_plan(self, world: World) -> tuple[ParallelPlan, str]:
         """Return the plan and the reason for it."""
@@ -457,7 +465,7 @@ class HSDPStrategy(FSDPStrategy):
 def _is_own(model: nn.Module, method: str) -> bool:
     """Whether the model has a step of that name: its own, not the one of TrainingModule that says that there is none."""
     found = getattr(type(model), method, None)
-    return found is not None and getattr(found, "__module__", None) != "drivetrain.trainer.module"
+    return found is not None and not getattr(found, "__qualname__", "").startswith("TrainingModule.")
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

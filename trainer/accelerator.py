@@ -46,6 +46,7 @@ from .stepping import Accumulating, Stepping
 from .trackers import Trackers
 
 if TYPE_CHECKING:
+    from ..strategies.mesh import ParallelPlan
     from .data.loader import Loader
 
 __all__ = ["Accelerator"]
@@ -57,6 +58,7 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
     Args:
         strategy: a name ("auto", "single", "ddp", ...) or a `Strategy`. "auto" is single on one process and ddp on several.
         precision: a name ("fp32", "bf16-mixed", ...) or a `Precision`. Accelerate's `mixed_precision=` is the same argument.
+        plan: how many processes do what (`ParallelPlan`); the strategy may be "auto" then.
         models: a strategy for each named model, for runs with several; see `prepare`.
         gradient_accumulation_steps: micro-batches a step.
         seed: what the order of the data (and nothing else) is drawn from.
@@ -72,6 +74,7 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         strategy: str | Strategy = "auto",
         precision: str | Precision | None = None,
         device: str = "auto",
+        plan: ParallelPlan | None = None,
         models: Mapping[str, str | Strategy] | None = None,
         gradient_accumulation_steps: int = 1,
         dataloader_config: DataLoaderConfiguration | None = None,
@@ -92,8 +95,10 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         configuration.check_at_least("gradient_accumulation_steps", gradient_accumulation_steps, 1)
         self._owns_world = world is None
         chosen = None if precision is None else make_precision(precision)
-        self.world = world if world is not None else World.start(device)
-        self.strategy, self.strategy_reason = configuration.choose_strategy(strategy, self.world, chosen)
+        if world is None:
+            world = World.start(device, need_group=configuration.needs_group(strategy, models, plan))
+        self.world = world
+        self.strategy, self.strategy_reason = configuration.choose_strategy(strategy, world, chosen, plan)
         self.strategy.start(self.world)
         self.strategies = configuration.start_strategies(models, self.world, chosen)
         assert self.strategy.precision is not None
@@ -190,6 +195,8 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         if isinstance(optimizer, PreparedOptimizer):
             raise ConfigError("This optimizer is prepared already. Prepare each optimizer once.")
         name = name or ("optimizer" if not self.optimizers else f"optimizer_{len(self.optimizers)}")
+        for one in {self.strategy, *self.strategies.values()}:
+            one.adopt(optimizer)
         owning = owners(optimizer, self.models)
         check_strays(optimizer, self.models, name, self.world.size)
         strategies = {self.strategies.get(n, self.strategy) for n in owning} or {self.strategy}

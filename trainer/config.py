@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from ..strategies.base import Strategy, make_precision, make_strategy
 from ..strategies.errors import ConfigError, UnknownName, suggest
 from ..strategies.precision.base import Precision
+from ..strategies.registry import find_strategy
 
 if TYPE_CHECKING:
+    from ..strategies.mesh import ParallelPlan
     from ..strategies.world import World
 
 # Where the meaning is equal, the peers' argument is accepted: class -> their name -> ours.
@@ -76,19 +78,45 @@ def check_at_least(argument: str, value: Any, least: int) -> None:
         )
 
 
-def choose_strategy(strategy: str | Strategy, world: World, precision: Precision | None) -> tuple[Strategy, str]:
-    """Return the strategy and the reason for it, with `precision` given to it where it has none of its own.
+def needs_group(strategy: str | Strategy, models: Mapping[str, str | Strategy] | None, plan: ParallelPlan | None) -> bool:
+    """Return whether any of the strategies needs a process group also on one process.
 
     Raises:
-        ConfigError: both the strategy object and the run name a precision, and they differ.
+        ConfigError: a plan that is none.
     """
-    if strategy == "auto":
+    if plan is not None and not hasattr(plan, "dp_shard"):
+        raise ConfigError(f"plan must be a ParallelPlan, got {plan!r:.60}. For example plan=ParallelPlan(dp_shard=-1).")
+    asked = [name_for(plan) if strategy == "auto" and plan is not None else strategy, *(models or {}).values()]
+    kinds = [find_strategy(s)[0] if isinstance(s, str) else s for s in asked if s != "auto"]
+    return any(getattr(kind, "needs_group", False) for kind in kinds)
+
+
+def name_for(plan: ParallelPlan) -> str:
+    """Return the strategy that "auto" means under `plan`."""
+    if plan.dp_shard != 1:
+        return "hsdp" if plan.dp_replicate != 1 else "fsdp"
+    return "ddp"
+
+
+def choose_strategy(
+    strategy: str | Strategy, world: World, precision: Precision | None, plan: ParallelPlan | None = None
+) -> tuple[Strategy, str]:
+    """Return the strategy and the reason for it, with `precision` given to it where it has none of its own, and the `plan`.
+
+    Raises:
+        ConfigError: both the strategy object and the run name a precision (or a plan), and they differ.
+    """
+    if strategy == "auto" and plan is not None:
+        made, reason = make_strategy(name_for(plan)), f"chosen: the plan is {plan}"
+    elif strategy == "auto":
         name = "single" if world.size == 1 else "ddp"
         reason = "chosen: one process" if world.size == 1 else f"chosen: {world.size} processes, the whole model fits each"
         made = make_strategy(name)
     else:
         made, reason = make_strategy(strategy), "asked for"
     _give_precision(made, precision)
+    if plan is not None:
+        made.take_plan(plan, world.size)
     return made, reason
 
 

@@ -10,6 +10,7 @@ import torch
 from ..callbacks.base import Callback
 from ..callbacks.runner import check_callbacks
 from ..strategies.world import World
+from . import config as configuration
 from .accelerator import Accelerator
 
 if TYPE_CHECKING:
@@ -23,13 +24,15 @@ __all__ = ["announce", "callbacks", "loggers", "make_accelerator", "mark_finishe
 def make_accelerator(trainer: Trainer) -> Accelerator:
     """Start the world, and the accelerator of this trainer in it."""
     options = trainer.options
-    world = World.start(options["device"])
+    need_group = configuration.needs_group(trainer.strategy_asked, options["models"], options["plan"])
+    world = World.start(options["device"], need_group=need_group)
     seed = options["seed"]
     if seed is None:  # the order of the data follows torch's own seed, the same on all ranks
         seed = world.broadcast_json(torch.initial_seed() % 2**31)
     accelerator = Accelerator(
         strategy=trainer.strategy_asked,
         precision=trainer.precision_asked,
+        plan=options["plan"],
         models=options["models"],
         gradient_accumulation_steps=options["accumulate_grad_batches"],
         dataloader_config=options["dataloader_config"],

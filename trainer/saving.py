@@ -16,6 +16,7 @@ from ..strategies.errors import CheckpointError, ConfigError
 from . import state as run_state
 
 if TYPE_CHECKING:
+    from ..strategies.base import Strategy
     from ..strategies.checkpoint.background import SaveHandle
     from ..strategies.world import World
     from .accumulation import Window
@@ -29,6 +30,9 @@ class Saving:
     """The state of everything prepared and registered, to a folder and back."""
 
     world: World
+    strategy: Strategy
+    strategies: dict[str, Strategy]
+    models: dict[str, nn.Module]
     project_dir: Path | None
     registered: list[Any]
     loaders: list[Loader]
@@ -136,8 +140,13 @@ class Saving:
         return self.project_dir / "checkpoints"
 
     def get_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the full state dict of a prepared model, under the names that the user's module has."""
-        return self.unwrap_model(model).state_dict()  # pyright: ignore[reportAttributeAccessIssue]
+        """Return the full state dict of a prepared model, under the names that the user's module has. All processes call it.
+
+        Under a strategy that holds the model in pieces it is whole on the main process, in host memory, and empty on the others.
+        """
+        module: nn.Module = self.unwrap_model(model)  # pyright: ignore[reportAttributeAccessIssue]
+        name = next((n for n, m in self.models.items() if m is module), "")
+        return self.strategies.get(name, self.strategy).full_state_dict(module)
 
     def save_model(self, model: nn.Module, save_directory: str | Path) -> Path:
         """Write the bare weights of a model as `model.safetensors`, on the main process; return the file.
@@ -145,11 +154,12 @@ class Saving:
         Tied weights are written once, under their first name; their other names stand in the file's metadata.
         """
         path = Path(save_directory) / "model.safetensors"
+        state = self.get_state_dict(model)
         if self.world.is_main:
             from safetensors.torch import save_file
 
             path.parent.mkdir(parents=True, exist_ok=True)
-            tensors, tied = _untied(self.get_state_dict(model))
+            tensors, tied = _untied(state)
             partial = path.with_name(f".{path.name}.partial")
             save_file(tensors, partial, metadata={"format": "pt", **tied})
             partial.replace(path)  # a reader sees the old file or the whole new one

@@ -28,6 +28,7 @@ from .seed import seed_everything, set_deterministic
 from .session import Session
 
 if TYPE_CHECKING:
+    from ..strategies.mesh import ParallelPlan
     from .module import TrainingModule
 
 __all__ = ["Trainer"]
@@ -38,7 +39,8 @@ class Trainer(Runtime):
 
     How much: `max_epochs`, `max_steps` (optimizer steps), `max_time` (seconds, "10m", a timedelta); at least one for `fit`.
     Where: `strategy` ("auto", "single", "ddp", ... or an object), `devices` (processes; "auto" is one, or what a launcher
-    started), `num_nodes`, `device` ("auto", "cpu", "cuda", ...), `precision` ("fp32", "bf16-mixed", "fp16-mixed", ...).
+    started), `num_nodes`, `device` ("auto", "cpu", "cuda", ...), `precision` ("fp32", "bf16-mixed", "fp16-mixed", ...), `plan`
+    (how many processes do what: `ParallelPlan(dp_replicate=2, dp_shard=-1)`; strategy="auto" follows it).
     Steps: `accumulate_grad_batches` micro-batches a step, or `global_batch_size` samples a step (accumulation follows from it);
     `gradient_clip_val` by `gradient_clip_algorithm` "norm" or "value"; `nonfinite` "raise", "skip" or "ignore".
     Validation: `val_check_interval` (int: optimizer steps; float: a part of the epoch), `check_val_every_n_epoch`,
@@ -63,6 +65,7 @@ class Trainer(Runtime):
         device: str = "auto",
         devices: int | str = "auto",
         num_nodes: int = 1,
+        plan: ParallelPlan | None = None,
         max_epochs: int | None = None,
         max_steps: int | None = None,
         max_time: Any = None,

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from drivetrain.callbacks.checkpoint import Checkpoint
     from drivetrain.callbacks.loggers.base import Logger
     from drivetrain.strategies.base import Strategy
+    from drivetrain.strategies.fsdp import FSDPStrategy, HSDPStrategy
+    from drivetrain.strategies.mesh import ParallelPlan
     from drivetrain.strategies.precision.base import Precision
     from drivetrain.trainer.accelerator import Accelerator
     from drivetrain.trainer.data.config import DataLoaderConfiguration
@@ -26,7 +28,10 @@ _HOMES = {
     "Callback": "drivetrain.callbacks.base",
     "Checkpoint": "drivetrain.callbacks.checkpoint",
     "DataLoaderConfiguration": "drivetrain.trainer.data.config",
+    "FSDPStrategy": "drivetrain.strategies.fsdp",
+    "HSDPStrategy": "drivetrain.strategies.fsdp",
     "Logger": "drivetrain.callbacks.loggers.base",
+    "ParallelPlan": "drivetrain.strategies.mesh",
     "Precision": "drivetrain.strategies.precision.base",
     "Strategy": "drivetrain.strategies.base",
     "Trainer": "drivetrain.trainer.trainer",
@@ -42,7 +47,10 @@ __all__ = [
     "Callback",
     "Checkpoint",
     "DataLoaderConfiguration",
+    "FSDPStrategy",
+    "HSDPStrategy",
     "Logger",
+    "ParallelPlan",
     "Precision",
     "Strategy",
     "Trainer",
