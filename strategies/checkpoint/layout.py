@@ -46,7 +46,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 TEMPORARY = ".tmp-"
-CHUNK = 4 * 2**20
+CHUNK = 2**20
 """Bytes under one crc32: a slice of a tensor can be read and checked without reading the whole file."""
 MAX_HEADER = 100 * 2**20
 """Bytes of a safetensors header; the reference implementation has the same limit."""

@@ -29,8 +29,10 @@ _BIG = 8 * 2**20
 """Bytes of a file from which on its checksums are worth threads."""
 _FLUSH = 32 * 2**20
 """Bytes after which the system is asked again to bring them to the disk."""
+_PART = 4 * 2**20
+"""Bytes that are written at a time."""
 _BACKLOG = 12
-"""Parts of up to CHUNK bytes that wait for their checksum: what a tensor is copied into lives as long."""
+"""Parts that wait for their checksum: what a tensor is copied into lives as long."""
 PIECE = 16 * 2**20
 """Bytes of a tensor that are copied at a time, where its own memory cannot be written as it is."""
 
@@ -62,8 +64,7 @@ class FileWriter:
         """Append bytes, which must not change before `close`."""
         start = 0
         while start < len(data):
-            # Pieces end where chunks end: each crc32 is that of a whole chunk.
-            part = data[start : start + CHUNK - self._size % CHUNK]
+            part = data[start : start + _PART]
             if self._threads:
                 for thread in self._threads:
                     thread.put(part)
@@ -100,11 +101,15 @@ class FileWriter:
         self._sha256.update(part)
 
     def _add_to_crc32(self, part: memoryview) -> None:
-        if self._open_chunk:
-            self._crc32[-1] = zlib.crc32(part, self._crc32[-1])
-        else:
-            self._crc32.append(zlib.crc32(part))
-        self._open_chunk = (self._open_chunk + len(part)) % CHUNK
+        start = 0
+        while start < len(part):
+            more = part[start : start + CHUNK - self._open_chunk]
+            if self._open_chunk:
+                self._crc32[-1] = zlib.crc32(more, self._crc32[-1])
+            else:
+                self._crc32.append(zlib.crc32(more))
+            self._open_chunk = (self._open_chunk + len(more)) % CHUNK
+            start += len(more)
 
 
 class _Beside:

@@ -420,3 +420,47 @@ def test_the_manifest_says_what_is_where(tmp_path: Path) -> None:
     assert manifest["tensors"]["c"]["dtype"] == "complex64"
     assert sorted(manifest["files"][shard]) == ["bytes", "chunk", "crc32", "sha256"]
     assert (info.path / "values.json").read_text() == '{"v":1}'
+
+
+# -- into memory that is there --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tensor_is_read_into_the_memory_that_is_given(dtype: str, tmp_path: Path) -> None:
+    tensor = filled(dtype, (5, 7))
+    with CheckpointStore(tmp_path).open(CheckpointStore(tmp_path).save(1, {"t": tensor}, {}).path) as checkpoint:
+        out = filled(dtype, (5, 7))
+        where = out.data_ptr()
+        assert checkpoint.read_into("t", out) is out
+        assert out.data_ptr() == where
+        assert bytes(bytes_of(out)) == bytes(bytes_of(tensor))
+
+
+def test_what_is_read_into_may_be_a_part_of_another_type_or_order(tmp_path: Path) -> None:
+    whole = torch.randn(6, 8)
+    parameter = nn.Parameter(torch.zeros(6, 8))
+    with CheckpointStore(tmp_path).open(CheckpointStore(tmp_path).save(1, {"w": whole}, {}).path) as checkpoint:
+        assert torch.equal(checkpoint.read_into("w", parameter), whole)
+        assert torch.equal(checkpoint.read_into("w", torch.zeros(6, 8, dtype=torch.float64)), whole.double())
+        assert torch.equal(checkpoint.read_into("w", torch.zeros(8, 6).t()), whole)
+        assert torch.equal(checkpoint.read_into("w", torch.zeros(2, 3), offset=(3, 4)), whole[3:5, 4:7])
+        column = torch.zeros(6, 8)
+        checkpoint.read_into("w", column[:, 2:3], offset=(0, 2))
+        assert torch.equal(column[:, 2], whole[:, 2])
+        with pytest.raises(CheckpointError, match=r"'w' has shape \[6, 8\] and was to be read into \[6, 7\]"):
+            checkpoint.read_into("w", torch.zeros(6, 7))
+        with pytest.raises(CheckpointError, match="there is no slice"):
+            checkpoint.read_into("w", torch.zeros(6, 7), offset=(0, 2))
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_big_tensors_are_read_on_two_threads_and_damage_is_seen_on_both(at: int, tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(7), "big": torch.randn(5_000_001), "c": torch.randn(3)}
+    path = CheckpointStore(tmp_path).save(1, tensors, {}).path
+    with Checkpoint(path) as checkpoint:
+        assert all(torch.equal(checkpoint.tensor(name), tensor) for name, tensor in tensors.items())
+        assert torch.equal(checkpoint.tensor("big", offset=(17,), shape=(4_900_000,)), tensors["big"][17:4_900_017])
+    shard = path / "shard-00000-of-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[1000 + at * (len(data) - 2000) // 2] ^= 1
+    shard.write_bytes(data)
+    with Checkpoint(path) as checkpoint, pytest.raises(CheckpointError, match="crc32 mismatch"):
+        checkpoint.tensor("big")

@@ -1,0 +1,342 @@
+"""Save and load a model with its AdamW state: seconds, what the step waits for, and memory, beside the machine's own limits.
+
+    python tests/benchmarks/checkpoint.py                      # 200 million parameters, 2.4 GB
+    python tests/benchmarks/checkpoint.py --parameters 30 --methods limits,ours,torch.save --json
+
+Each method runs in a process of its own, on a fresh folder. What is measured, in units that travel between machines:
+    save    until the checkpoint is durable (fsync; checksums where a method has them)          / write + fsync
+    stall   how long the training waits in the second save of a kind that goes on beside it     / one warm copy
+    load    into a live model and optimizer from the page cache, ours with all checksums        / read + crc32 on two threads
+    memory  the most above what the training itself holds, in multiples of the state
+The bounds of issue NOTHING-LOST: save <= 1.2, stall <= 1.3, load <= 1.3, memory <= 1 in the background and 64 MiB otherwise.
+Walls are true on a quiet machine only: `--rounds` keeps the best of several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WIDTH = 2048
+CHUNK = 4 * 2**20
+
+
+# -- what is measured -----------------------------------------------------------------------------------------------------
+def make(millions: float) -> tuple[nn.Module, torch.optim.AdamW]:
+    """Return a model of about so many million parameters, and AdamW with its state."""
+    layers = max(1, round(millions * 1e6 / (WIDTH * WIDTH + WIDTH)))
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    gc.collect()
+    return model, optimizer
+
+
+def tensors_of(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """The state, flat: the tensors themselves."""
+    found = {f"model/{n}": p.detach() for n, p in model.named_parameters()}
+    for n, p in model.named_parameters():
+        found |= {f"optimizer/{n}/{k}": v for k, v in optimizer.state[p].items()}
+    return found
+
+
+class Peak:
+    """The most memory that this process has had above what it had at first, in MiB."""
+
+    def __enter__(self) -> Peak:
+        self._base = self._most = _resident()
+        self._on = True
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self._on:
+            self._most = max(self._most, _resident())
+            time.sleep(0.003)
+
+    def __exit__(self, *exception: object) -> None:
+        self._on = False
+        self._thread.join()
+        self.mib = max(self._most, _resident()) - self._base
+
+
+def _resident() -> float:
+    """Anonymous memory of this process in MiB: mapped files are the system's to drop."""
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
+
+
+@contextlib.contextmanager
+def timed(into: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    into[name] = time.perf_counter() - start
+
+
+def fsync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+# -- methods: each fills in what it can measure -----------------------------------------------------------------------------
+def limits(state: dict[str, Tensor], folder: Path, told: dict[str, Any], _: Any) -> None:
+    """What the machine itself takes for a warm copy, write + fsync, read, read + crc32 on two threads."""
+    views = [memoryview(t.numpy()).cast("B") for t in state.values() if t.dim()]
+    path = folder / "plain"
+    with timed(told, "write_s"):
+        with open(path, "wb", buffering=0) as file:
+            for view in views:
+                file.write(view)
+        with timed(told, "fsync_s"):
+            fsync_tree(folder)
+    copies = [t.clone() for t in state.values()]
+    for name in ("cold", "copy_s"):
+        with timed(told, name):
+            for copy, t in zip(copies, state.values(), strict=True):
+                copy.copy_(t)
+    del copies
+    with timed(told, "read_s"), open(path, "rb", buffering=0) as file:
+        for view in views:
+            file.readinto(view)
+
+    def check(view: memoryview, descriptor: int, offset: int) -> int:
+        os.preadv(descriptor, [view], offset)
+        return zlib.crc32(view)
+
+    with timed(told, "verified_read_s"), open(path, "rb") as file, ThreadPoolExecutor(2) as pool:
+        jobs, at = [], 0
+        for view in views:
+            for start in range(0, len(view), CHUNK):
+                jobs.append(pool.submit(check, view[start : start + CHUNK], file.fileno(), at + start))
+            at += len(view)
+        for job in jobs:
+            job.result()
+    del told["cold"]
+
+
+def ours(state: dict[str, Tensor], folder: Path, told: dict[str, Any], _: Any) -> None:
+    from drivetrain.strategies.checkpoint import CheckpointStore
+
+    store = CheckpointStore(folder)
+    with Peak() as peak, timed(told, "save_s"):
+        info = store.save(1, state, {})
+    told["memory_mib"] = peak.mib
+    with Peak() as peak, timed(told, "load_s"), store.open(info.path) as checkpoint:
+        for name, tensor in state.items():
+            checkpoint.read_into(name, tensor)
+    told["load_memory_mib"] = peak.mib
+
+
+def ours_beside(state: dict[str, Tensor], folder: Path, told: dict[str, Any], _: Any) -> None:
+    from drivetrain.strategies.checkpoint import CheckpointStore
+
+    store = CheckpointStore(folder)
+    with Peak() as peak:
+        with timed(told, "first_stall_s"):
+            handle = store.save(1, state, {}, wait=False)
+        handle.wait()
+        with timed(told, "save_s"):
+            with timed(told, "stall_s"):
+                handle = store.save(2, state, {}, remove=[1], wait=False)
+            handle.wait()
+    told["memory_mib"] = peak.mib
+
+
+def torch_save(state: dict[str, Tensor], folder: Path, told: dict[str, Any], objects: Any) -> None:
+    model, optimizer = objects
+    with Peak() as peak, timed(told, "save_s"):
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "c.pt")
+        fsync_tree(folder)
+    told["memory_mib"] = peak.mib
+    with Peak() as peak, timed(told, "load_s"):
+        loaded = torch.load(folder / "c.pt", weights_only=True)
+        model.load_state_dict(loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
+    told["load_memory_mib"] = peak.mib
+
+
+def dcp(state: dict[str, Tensor], folder: Path, told: dict[str, Any], objects: Any) -> None:
+    import torch.distributed.checkpoint as torch_dcp
+
+    with _group():
+        with Peak() as peak, timed(told, "save_s"):
+            torch_dcp.save(state, checkpoint_id=folder)
+            fsync_tree(folder)
+        told["memory_mib"] = peak.mib
+        with Peak() as peak, timed(told, "load_s"):
+            torch_dcp.load(state, checkpoint_id=folder)
+        told["load_memory_mib"] = peak.mib
+
+
+def dcp_async(state: dict[str, Tensor], folder: Path, told: dict[str, Any], objects: Any) -> None:
+    import torch.distributed.checkpoint as torch_dcp
+
+    with _group(), Peak() as peak:
+        for n in (1, 2):
+            start = time.perf_counter()
+            future: Any = torch_dcp.async_save(state, checkpoint_id=folder / str(n))
+            told["stall_s" if n == 2 else "first_stall_s"] = time.perf_counter() - start
+            getattr(future, "upload_completion", future).result()
+            told["save_s"] = time.perf_counter() - start
+    told["memory_mib"] = peak.mib
+
+
+def accelerate(state: dict[str, Tensor], folder: Path, told: dict[str, Any], objects: Any) -> None:
+    from accelerate import Accelerator  # pyright: ignore[reportMissingImports]
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(*objects)
+    with Peak() as peak, timed(told, "save_s"):
+        accelerator.save_state(str(folder))
+        fsync_tree(folder)
+    told["memory_mib"] = peak.mib
+    with Peak() as peak, timed(told, "load_s"):
+        accelerator.load_state(str(folder))
+    told["load_memory_mib"] = peak.mib
+
+
+@contextlib.contextmanager
+def _group() -> Iterator[None]:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+METHODS: dict[str, tuple[Callable[..., None], str | None]] = {
+    "limits": (limits, None),
+    "ours": (ours, None),
+    "ours-async": (ours_beside, None),
+    "torch.save": (torch_save, None),
+    "dcp": (dcp, None),
+    "dcp-async": (dcp_async, None),
+    "accelerate": (accelerate, "accelerate"),
+}
+"""Name -> what runs, and the package that it needs."""
+
+
+# -- running and telling --------------------------------------------------------------------------------------------------
+def run_one(name: str, millions: float, folder: Path, threads: int) -> dict[str, Any]:
+    """Run one method in this process."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(threads)
+    model, optimizer = make(millions)
+    state = tensors_of(model, optimizer)
+    told: dict[str, Any] = {"state_mib": sum(t.numel() * t.element_size() for t in state.values()) / 2**20}
+    METHODS[name][0](state, folder, told, (model, optimizer))
+    told["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return told
+
+
+def run_all(names: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Run every method in a process of its own; of several rounds, keep the least of every time."""
+    found: dict[str, dict[str, Any]] = {}
+    for _ in range(options.rounds):
+        for name in names:
+            folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=options.folder))
+            command = [sys.executable, __file__, "--one", name, "--folder", str(folder)]
+            command += ["--parameters", str(options.parameters), "--threads", str(options.threads)]
+            try:
+                run = subprocess.run(command, capture_output=True, text=True, check=False)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            if run.returncode:
+                raise SystemExit(f"{name} failed:\n{run.stderr}")
+            told = json.loads(run.stdout.splitlines()[-1])
+            before = found.setdefault(name, told)
+            found[name] = {k: min(v, before[k]) if k.endswith("_s") else v for k, v in told.items()}
+    return found
+
+
+def with_ratios(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Add what is independent of the machine: times over the limits, memory over the state."""
+    limit = found.get("limits")
+    for name, told in found.items():
+        if limit is not None and name != "limits":
+            whole = {"save": limit["write_s"], "stall": limit["copy_s"], "load": limit["verified_read_s"]}
+            told |= {f"{k}_ratio": told[f"{k}_s"] / v for k, v in whole.items() if f"{k}_s" in told}
+        told |= {k.replace("_mib", "_ratio"): told[k] / told["state_mib"] for k in ("memory_mib", "load_memory_mib") if k in told}
+    return found
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Lay it out for a screen."""
+    lines: list[str] = []
+    limit = found.get("limits")
+    if limit is not None:
+        lines.append(
+            f"state {limit['state_mib']:.0f} MiB; limits: warm copy {limit['copy_s']:.3f} s, "
+            f"write + fsync {limit['write_s']:.3f} s, read {limit['read_s']:.3f} s, read + crc32 {limit['verified_read_s']:.3f} s"
+        )
+    columns = ("save", "stall", "load")
+    lines.append(f"{'method':<14}" + "".join(f"{c + ' s':>9}{'x limit':>9}" for c in columns) + f"{'memory x':>10}{'load x':>8}")
+    for name, told in found.items():
+        if name == "limits":
+            continue
+        cells = [f"{told[f'{c}_s']:>9.3f}{told.get(f'{c}_ratio', float('nan')):>9.2f}" if f"{c}_s" in told else f"{'-':>9}{'':>9}"
+                 for c in columns]  # fmt: skip
+        memory = [
+            f"{told[k]:>{w}.2f}" if k in told else f"{'-':>{w}}" for k, w in (("memory_ratio", 10), ("load_memory_ratio", 8))
+        ]
+        lines.append(f"{name:<14}" + "".join(cells) + "".join(memory))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--parameters", type=float, default=200, help="millions; the state is three times that in fp32")
+    parser.add_argument("--methods", default=",".join(METHODS), help="which, separated by commas")
+    parser.add_argument("--folder", default=None, help="where to write: the disk that is measured")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(run_one(options.one, options.parameters, Path(options.folder), options.threads)))
+        return
+    names = [name.strip() for name in options.methods.split(",")]
+    if unknown := [name for name in names if name not in METHODS]:
+        raise SystemExit(f"--methods: there is no {unknown[0]!r}. Known: {', '.join(METHODS)}")
+    missing = [n for n in names if METHODS[n][1] and importlib.util.find_spec(METHODS[n][1] or "") is None]
+    found = with_ratios(run_all([n for n in names if n not in missing], options))
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return
+    print(table(found))
+    if missing:
+        print(f"not installed: {', '.join(missing)}")
+
+
+if __name__ == "__main__":
+    main()
