@@ -97,6 +97,8 @@ class TrainerView(Protocol):
     log_every_n_steps: int
 
     nonfinite: str  # what happens when a loss or gradient is NaN or Inf: "raise", "skip" or "ignore"; may be set
+    signals: Any  # signals.means("SIGTERM", flag): what a signal asks for while this call runs
+    stop_reason: str
     leaving: int  # flags of strategies/control.py: why the run leaves; 0 while it does not
 
     @property

@@ -108,3 +108,30 @@ class Every:
 
     def __str__(self) -> str:
         return f"{self.n:.15g}{_NAMES[self.counter]}"
+
+
+_PARTS = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
+_CLOCK = re.compile(r"(?:(\d+)-)?(\d+):(\d+):(\d+)")
+
+
+def parse_seconds(value: float | str | timedelta, what: str) -> float:
+    """Read a length of time: seconds, a timedelta, "3h55m", "90s", "1d12h", "3:55:00" or "1-12:00:00".
+
+    Args:
+        what: for the error: "Preemption(time_limit=...)".
+    Raises:
+        ConfigError: none of these, or not above 0.
+    """
+    seconds: float | None = None
+    if isinstance(value, timedelta):
+        seconds = value.total_seconds()
+    elif isinstance(value, str):
+        text = value.replace(" ", "").lower()
+        if match := (_CLOCK.fullmatch(text) or _PARTS.fullmatch(text)):
+            days, hours, minutes, rest = (float(part or 0) for part in match.groups())
+            seconds = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value)
+    if seconds is None or not seconds > 0:
+        raise ConfigError(f'{what} is {value!r}: expected a length of time above 0, such as "3h55m", "90s", 90 or "3:55:00".')
+    return seconds

@@ -87,6 +87,36 @@ def read_environment(environ: Mapping[str, str] | None = None) -> RankEnvironmen
     return RankEnvironment()
 
 
+@dataclass(frozen=True)
+class JobEnvironment:
+    """What a batch system says of the job that this process is part of. Times are in seconds since 1970."""
+
+    scheduler: str = ""  # "slurm", or "" when there is none
+    id: str = ""
+    started_at: float | None = None
+    ends_at: float | None = None  # when it will be killed
+    restarts: int = 0  # how often it was started before: requeued, or restarted by an elastic agent
+    agent_pid: int | None = None  # of our own launcher, which started before this process did
+
+
+def read_job(environ: Mapping[str, str] | None = None) -> JobEnvironment:
+    """Say which job this is, and how long it may run.
+
+    Raises:
+        ConfigError: a variable holds junk. It names variable and value.
+    """
+    env = os.environ if environ is None else environ
+    agent = _integer(env, "DRIVETRAIN_AGENT_PID", low=1) if "DRIVETRAIN_AGENT_PID" in env else None
+    restarts = _integer(env, "TORCHELASTIC_RESTART_COUNT", default=0, low=0)
+    if "SLURM_JOB_ID" not in env:
+        return JobEnvironment(restarts=restarts, agent_pid=agent)
+    times = [
+        float(_integer(env, name, low=0)) if name in env else None for name in ("SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME")
+    ]
+    restarts = max(restarts, _integer(env, "SLURM_RESTART_COUNT", default=0, low=0))
+    return JobEnvironment("slurm", env["SLURM_JOB_ID"], times[0], times[1], restarts, agent)
+
+
 def debug_tracebacks(environ: Mapping[str, str] | None = None) -> bool:
     """Did the user ask for whole tracebacks (DRIVETRAIN_TRACEBACK=1)?"""
     env = os.environ if environ is None else environ

@@ -49,24 +49,34 @@ class SignalHandlers:
     def __init__(self, control: Control) -> None:
         self.control = control
         self.installed = False
+        self._flags = dict(_FLAGS)
         self._old: dict[int, signal._HANDLER] = {}
         self._first: dict[int, float] = {}
 
     def __enter__(self) -> SignalHandlers:
         if threading.current_thread() is not threading.main_thread():
             return self
-        for name in _FLAGS:
-            number = getattr(signal, name, None)  # Windows has no SIGUSR1
-            if number is None:
-                continue
-            old = signal.getsignal(number)
-            # None: set by C code, which could not be put back.
-            if old is signal.SIG_IGN or old is None:
-                continue
-            self._old[number] = old
-            signal.signal(number, self._handle)
+        for name in self._flags:
+            self._listen(name)
         self.installed = True
         return self
+
+    def means(self, name: str, flag: int) -> None:
+        """Let the signal `name` ask for `flag` (strategies/control.py) beside the save, until the context is left."""
+        self._flags[name] = flag
+        if self.installed:
+            self._listen(name)
+
+    def _listen(self, name: str) -> None:
+        number = getattr(signal, name, None)  # Windows has no SIGUSR1
+        if number is None or number in self._old:
+            return
+        old = signal.getsignal(number)
+        # None: set by C code, which could not be put back.
+        if old is signal.SIG_IGN or old is None:
+            return
+        self._old[number] = old
+        signal.signal(number, self._handle)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, old in self._old.items():
@@ -79,8 +89,8 @@ class SignalHandlers:
         now = time.monotonic()
         first = self._first.setdefault(number, now)
         if first == now:
-            self.control.request(STOP | SAVE | _FLAGS[name], name)
-        elif number != getattr(signal, "SIGUSR1", None) and now - first > _SAME_SIGNAL_S:
+            self.control.request(STOP | SAVE | self._flags[name], name)
+        elif number in (signal.SIGTERM, signal.SIGINT) and now - first > _SAME_SIGNAL_S:
             # A third one does not even wait for Python: the loop may hang in a driver.
             signal.signal(number, signal.SIG_DFL)
             if number == signal.SIGINT:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .metrics import Metrics
     from .module import TrainingModule
     from .optimizers import SchedulerConfig
+    from .process import SignalHandlers
     from .run_folder import RunFolder
     from .tracking import Tracking
 
@@ -72,6 +73,7 @@ class Runtime(RollsBack):
         self.stage = ""
         self.metrics: dict[str, float] = {}
         self.should_stop = False
+        self.signals: SignalHandlers | None = None  # while a call runs: callbacks may say what a signal means
         self.leaving = 0  # the flags of the signal or limit for which the run leaves after its save
         self.stop_reason = ""
         self.is_resumed = False
@@ -333,9 +335,11 @@ class Runtime(RollsBack):
             self._broken_off = True
             self.obey(left.code)
         else:
-            if not self.notes_steps:
-                self._boundary = None  # it holds copies of the callbacks' states
+            self._broken_off = True  # told to leave by now, the run resumes with this validation too
             self.agree()
+            self._broken_off = bool(self.leaving)
+            if not self.notes_steps and not self.leaving:
+                self._boundary = None  # it holds copies of the callbacks' states
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
     def save_checkpoint(

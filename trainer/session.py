@@ -15,6 +15,7 @@ from ..callbacks.base import Callback
 from ..callbacks.loggers.base import RunInfo
 from ..callbacks.runner import HookRunner, check_state_keys, find_misspelt, is_overridden
 from ..strategies.checkpoint import rng
+from ..strategies.environment import read_job
 from ..strategies.errors import CheckpointError, ConfigError
 from . import defaults, run_data
 from . import state as run_state
@@ -55,6 +56,7 @@ class Session:
         module._trainer = trainer
         self._signals = SignalHandlers(control)
         self._signals.__enter__()
+        trainer.signals = self._signals
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -114,6 +116,9 @@ class Session:
         """Build everything that the loop needs; None when there is nothing to do."""
         trainer, module = self.trainer, self.trainer.module
         self._resume_asked = None if resume is None else str(resume)
+        restarts = read_job().restarts
+        if resume is None and restarts:  # the same job again: it goes on, whatever the script says
+            resume = "auto"
         self._check_fit(module)
         trainer.should_stop, trainer.rolling_back = False, None
         trainer.pending_saves.clear()
@@ -281,16 +286,18 @@ class Session:
         stage, trainer.stage = trainer.stage, "sanity_check"
         tracking, trainer._tracking = trainer._tracking, None
         tensors, values = rng.capture()
-        evaluate(
-            trainer,
-            "validation",
-            trainer.val_loaders,
-            Metrics(trainer.world, stage="sanity_check"),
-            limit=None if count == -1 else count,
-            inference=False,
-        )
+        try:
+            evaluate(
+                trainer,
+                "validation",
+                trainer.val_loaders,
+                Metrics(trainer.world, stage="sanity_check"),
+                limit=None if count == -1 else count,
+                inference=False,
+            )
+        finally:  # it may be told to leave
+            trainer.stage, trainer._tracking = stage, tracking
         rng.restore(tensors, values)
-        trainer.stage, trainer._tracking = stage, tracking
         trainer.metrics = {}
         trainer.hooks.call("on_sanity_check_end")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from drivetrain.callbacks.base import Callback
 from drivetrain.callbacks.runner import is_overridden
 from drivetrain.strategies.world import World
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))  # for resume_jobs, the training that is stopped and resumed
 
 
 @dataclass

@@ -85,12 +85,13 @@ def test_a_signal_saves_and_leaves_with_its_code_and_no_step_is_lost(name: str, 
     assert logged_by(tmp_path / "cut") == logged_by(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("hook", ["on_validation_batch_end", "on_validation_end"])
 @pytest.mark.parametrize(("job", "batches"), [(Job(epochs=2), 11), (Job(epochs=2, options={"val_check_interval": 4}), 4)])
 def test_during_a_validation_it_leaves_at_once_and_validates_again_after_the_resume(
-    job: Job, batches: int, tmp_path: Path
+    job: Job, batches: int, hook: str, tmp_path: Path
 ) -> None:
     expected = train(job, tmp_path / "whole")
-    ask = At("on_validation_batch_end", 1, send("SIGTERM"))
+    ask = At(hook, 1, send("SIGTERM"))
     assert code_of(lambda: train(job, tmp_path / "cut", callbacks=[ask, Checkpoint("1step")])) == 143
     result = train(job, tmp_path / "cut", resume="auto")
     assert_goes_on_as(result, expected, batches=batches)
