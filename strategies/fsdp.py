@@ -56,8 +56,10 @@ class FSDPStrategy(Strategy):
             saves that for memory; a number gathers from as many neighbours only.
         offload: "cpu" keeps parameters, gradients and optimizer state in host memory.
         ignored_parameters: parameters (or names, or modules that hold them) to be held whole on every rank.
-        mixed_precision: torch's MixedPrecisionPolicy instead of the one that follows from the precision (bf16-mixed: bfloat16 is
-            gathered, float32 is reduced, the step runs under autocast as everywhere).
+        gather_in_16_bits: under bf16-mixed and fp16-mixed, gather parameters in those 16 bits: half the bytes. Otherwise they are
+            gathered as they are and autocast casts what it multiplies, with the numbers of ddp; in 16 bits the weights of norms
+            are rounded as well, and BatchNorm refuses them. Gradients are reduced in float32 in both cases.
+        mixed_precision: torch's MixedPrecisionPolicy instead of the one that follows from the precision.
         sync_each_batch: reduce gradients after every micro-batch of a window: slower, and no whole gradient is kept.
         forward_prefetch, backward_prefetch: how many units ahead are gathered, said explicitly; torch's own way by default.
         broadcast_buffers: buffers (BatchNorm's statistics) are rank 0's at each forward, as under ddp.
@@ -81,6 +83,7 @@ class FSDPStrategy(Strategy):
         reshard_after_forward: bool | int = True,
         offload: str | None = None,
         ignored_parameters: Iterable[str | nn.Parameter | nn.Module] = (),
+        gather_in_16_bits: bool = False,
         mixed_precision: MixedPrecisionPolicy | None = None,
         sync_each_batch: bool = False,
         forward_prefetch: int = 0,
@@ -103,6 +106,7 @@ class FSDPStrategy(Strategy):
         self.reshard_after_forward: bool | int = given.get("reshard_after_forward", reshard_after_forward)
         self.offload: str | None = given.get("offload", offload)
         self.ignored_parameters = list(given.get("ignored_parameters", ignored_parameters))
+        self.gather_in_16_bits = gather_in_16_bits
         self.mixed_precision: MixedPrecisionPolicy | None = given.get("mixed_precision", mixed_precision)
         self.sync_each_batch = sync_each_batch
         self.forward_prefetch = int(forward_prefetch)
@@ -124,6 +128,8 @@ class FSDPStrategy(Strategy):
             raise ConfigError(
                 f"FSDPStrategy(offload={self.offload!r}): expected 'cpu' or None. Say offload='cpu' for host memory."
             )
+        if self.gather_in_16_bits and self.mixed_precision is not None:
+            raise ConfigError("gather_in_16_bits and mixed_precision both say in which dtype parameters are gathered. Give one.")
         if self.mixed_precision is not None and not isinstance(self.mixed_precision, MixedPrecisionPolicy):
             raise ConfigError(
                 f"mixed_precision={self.mixed_precision!r} is of FSDP version 1. Give a MixedPrecisionPolicy(param_dtype=..., "
@@ -248,7 +254,7 @@ class FSDPStrategy(Strategy):
         if self.mixed_precision is not None:
             return self.mixed_precision if not root else replace(self.mixed_precision, cast_forward_inputs=False)
         assert self.precision is not None
-        dtype = self.precision.autocast_dtype
+        dtype = self.precision.autocast_dtype if self.gather_in_16_bits else None
         return MixedPrecisionPolicy(
             param_dtype=dtype,
             reduce_dtype=torch.float32 if dtype is not None else None,

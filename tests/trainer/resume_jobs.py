@@ -217,7 +217,7 @@ class Recorder(Callback):
         self.seen += 1
         self.noise = self.noise + torch.rand(())
         if trainer.accelerator.sync_gradients:
-            self.average.update(module.net[0].weight.detach())
+            self.average.update(whole(module.net[0].weight.detach()))
             rates = [group["lr"] for o in trainer.optimizers.values() for group in o.param_groups]
             self.events.append(("step", trainer.progress.global_step, rates, self.seen, float(self.noise)))
 
@@ -271,6 +271,11 @@ def loaders(job: Job) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
     return train, DataLoader(Samples(small, offset=1), batch_size=3)
 
 
+def whole(value: Any) -> Tensor:
+    """Put a tensor together that the strategy cut up."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
 def train(
     job: Job, root: Path, *, resume: Any = None, ledger: Path | None = None, callbacks: Sequence[Callback] = (), **options: Any
 ) -> Result:
@@ -281,7 +286,7 @@ def train(
     trainer.fit(module, *loaders(job), resume=resume)
     progress = asdict(trainer.progress)
     del progress["seconds"]
-    weights = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    weights = {name: whole(value.detach()).clone() for name, value in module.state_dict().items()}
     return Result(recorder.losses, recorder.events, recorder.logged, weights, recorder.average.mean, progress, str(trainer.root))
 
 

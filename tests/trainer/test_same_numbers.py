@@ -221,7 +221,13 @@ def loader(case: Case, ranks: int) -> DataLoader[Any]:
     return DataLoader(dataset(case), batch_size=GLOBAL // ranks, shuffle=case.items != "holes")
 
 
-def by_trainer(case: Case, ranks: int, root: Path) -> Found:
+def whole_weights(net: nn.Module) -> dict[str, Tensor]:
+    """All weights; put together where the strategy cut them up."""
+    held = {n: p.detach() for n, p in net.named_parameters()}
+    return {n: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for n, p in held.items()}  # pyright: ignore[reportCallIssue]
+
+
+def by_trainer(case: Case, ranks: int, root: Path, **options: Any) -> Found:
     net = Net(case)
     algorithm, value = case.clip or ("norm", None)
     trainer = Trainer(
@@ -233,17 +239,18 @@ def by_trainer(case: Case, ranks: int, root: Path) -> Found:
         accumulate_grad_batches=case.window,
         gradient_clip_val=value,
         gradient_clip_algorithm=algorithm,
+        **options,
     )
     trainer.fit(net, loader(case, ranks))
     assert trainer.global_step == net.found.steps
-    net.found.weights = {n: p.detach().clone() for n, p in net.named_parameters()}
+    net.found.weights = whole_weights(net)
     trainer.accelerator.end_training()
     return net.found
 
 
-def by_accelerator(case: Case, ranks: int) -> Found:
+def by_accelerator(case: Case, ranks: int, **options: Any) -> Found:
     """The loop that a user of Accelerate writes."""
-    accelerator = Accelerator(gradient_accumulation_steps=case.window, seed=SEED)
+    accelerator = Accelerator(gradient_accumulation_steps=case.window, seed=SEED, **options)
     net = Net(case)
     found = Found()
     optimizers, schedulers = build_optimizers(net)
@@ -279,7 +286,7 @@ def by_accelerator(case: Case, ranks: int) -> Found:
         together = accelerator.reduce(torch.tensor(epoch, dtype=torch.float64))
         for scheduler in schedulers if case.schedule in ("epoch", "plateau") else ():
             scheduler.step(*([float(together[0] / together[1])] if case.schedule == "plateau" else []))
-    found.weights = {n: p.detach().clone() for n, p in net.named_parameters()}
+    found.weights = whole_weights(net)
     accelerator.end_training()
     return found
 
