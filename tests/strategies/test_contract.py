@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from drivetrain.strategies.base import Strategy, make_precision, make_strategy
 from drivetrain.strategies.contract import CASES, Case, ContractError, check_precision, check_strategy
 from drivetrain.strategies.world import World
+from torch import Tensor, nn
 
 QUICK = [replace(c, steps=6) for c in CASES if c.dtype == torch.float64]
 

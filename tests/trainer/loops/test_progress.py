@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from drivetrain import Trainer, TrainingModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-
-from drivetrain import Trainer, TrainingModule
 
 SAMPLES, EPOCHS = 21, 2
 
