@@ -208,8 +208,8 @@ class TrainingModule(nn.Module):
         """Log a value under `name`; tensors are kept as they are and read, once for all, at the next log point.
 
         Args:
-            on_step: show its value at every log point. Default: in training.
-            on_epoch: show its mean over the epoch. Default: in evaluation.
+            on_step: show its value at every log point. Default: in a training batch and its hooks.
+            on_epoch: show its mean over the epoch. Default: in evaluation, and in the hooks around epochs.
             reduce: "mean" (weighted by the batch's samples), "sum", "max" or "min", over micro-batches and ranks.
             batch_size: the weight, where it is not the number of samples that the loader handed out.
             sync: False logs each rank's own value; the files and the bar show rank 0's.
@@ -221,7 +221,8 @@ class TrainingModule(nn.Module):
         metrics = self._metrics
         if metrics is None:
             raise ConfigError(
-                f"{type(self).__name__}.log({name!r}) was called outside of fit, validate and test. Log inside a step or hook."
+                f"{type(self).__name__}.log({name!r}) was called where nothing is written: outside of fit, validate and test, "
+                "or after the training's last epoch. Log inside a step, or a hook before on_train_end."
             )
         defaults = self._defaults
         metrics.log(

@@ -139,7 +139,7 @@ class Session:
         self._prepare_data(train, val)
         trainer.metrics = {}
         trainer._train_metrics = Metrics(trainer.world, stage="train")
-        trainer.log_into(trainer.train_metrics, True, False)
+        trainer.log_into(trainer.train_metrics, False, True)
         vary_by_rank(trainer.world.rank)
         checkpoint = self._resume()
         defaults.announce(trainer)
@@ -159,6 +159,7 @@ class Session:
         trainer, self._looping = self.trainer, False
         trainer.catch_up()
         trainer.in_window = False
+        trainer.log_into(None, False, False)  # there is no log point any more: `log` refuses
         trainer.hooks.call("on_train_end")
         if trainer.pending_saves:
             trainer.write_pending_saves()

@@ -54,6 +54,8 @@ class TrainLoop:
     def run(self) -> None:
         """Train until an epoch, step or time limit, a stop request, or the end of what the loader gives."""
         trainer, progress = self.trainer, self.progress
+        if trainer.reached_limit():
+            trainer.print(f"nothing to train: epoch {progress.epoch} and step {progress.global_step} are at the limit already")
         self._plan_events()
         trainer.clock.start()
         trainer.in_window = True
@@ -63,7 +65,9 @@ class TrainLoop:
             if not trainer.resumed_mid_epoch:
                 self.loader.set_epoch(progress.epoch)
                 self.hooks.call("on_train_epoch_start")
+            trainer.log_into(self.metrics, True, False)
             ended = self._epoch(trainer.take_resumed_mid_epoch())
+            trainer.log_into(self.metrics, False, True)  # what the hooks around epochs log goes out at the epoch's end
             if trainer.rolling_back is not None:
                 self._roll_back(trainer.rolling_back)
             elif ended:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from drivetrain import Callback, Trainer, TrainingModule
+from drivetrain.strategies.errors import ConfigError
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -369,3 +370,36 @@ def test_an_epoch_that_is_broken_off_has_no_end(tmp_path: Path) -> None:
     assert told == [0]
     fit(tmp_path, max_steps=10, callbacks=Watching())
     assert told == [0, 0, 1]
+
+
+def test_what_hooks_around_epochs_log_is_published_with_the_epoch(tmp_path: Path) -> None:
+    """Their defaults are on_epoch, as in Lightning: with on_step the values waited for a log point that may never come."""
+
+    class Logs(Told):
+        def on_train_start(self) -> None:
+            self.log("at_start", 1.0)
+
+        def on_train_epoch_start(self) -> None:
+            self.log("begun", float(self.current_epoch))
+
+        def on_train_epoch_end(self) -> None:
+            self.log("ended", float(self.current_epoch))
+
+    _, trainer = fit(tmp_path, module=Logs(), max_epochs=2)
+    assert {n: trainer.metrics.get(n) for n in ("at_start", "begun", "ended")} == {"at_start": 1.0, "begun": 1.0, "ended": 1.0}
+
+
+def test_a_value_that_nobody_would_see_is_refused(tmp_path: Path) -> None:
+    class Late(Told):
+        def on_train_end(self) -> None:
+            self.log("late", 1.0)
+
+    with pytest.raises(ConfigError, match="nothing is written"):
+        fit(tmp_path, module=Late(), max_epochs=1)
+
+
+def test_a_fit_that_has_nothing_to_do_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module, trainer = fit(tmp_path, max_epochs=1)
+    assert "nothing to train" not in capsys.readouterr().out
+    trainer.fit(module, DataLoader(DATA, batch_size=2))
+    assert "nothing to train: epoch 1 and step 5 are at the limit already" in capsys.readouterr().out
