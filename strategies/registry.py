@@ -36,6 +36,12 @@ PRECISIONS: Mapping[str, str] = {
     "int8-ao": ".precision.quantized:Int8AO",
     "int8-weights-ao": ".precision.quantized:Int8WeightsAO",
     "bitnet-ao": ".precision.quantized:BitNetAO",
+    "fp8-te": ".precision.float8_te:Float8TE",
+    "fp8-te-current": ".precision.float8_te:current",
+    "fp8-te-block": ".precision.float8_te:block",
+    "mxfp8-te": ".precision.float8_te:mxfp8",
+    "nvfp4-te": ".precision.float8_te:nvfp4",
+    "fp8-msamp": ".precision.msamp:Float8MSAMP",
 }
 # The peers' spellings of the same thing.
 STRATEGY_ALIASES: Mapping[str, str] = {

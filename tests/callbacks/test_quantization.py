@@ -80,7 +80,7 @@ def test_checkpoints_hold_the_plain_weights_under_their_names(tmp_path: Path) ->
 
 
 def test_two_ranks_train_as_one(ranks: Any, tmp_path: Path) -> None:
-    """Weights have their grids and each token its scale. Sums have another order, which now and then rounds to the next number."""
+    """Weights have their grids, each token its scale. Sums have another order, which now and then rounds to the next number."""
     single = train("fp32", tmp_path / "one", steps=6, callbacks=[QuantizationAwareTraining(start=3, convert=False)]).losses
 
     def one_rank() -> list[float]:

@@ -96,6 +96,7 @@ def train(
     resume: Path | None = None,
     save_every: int = 0,
     strategy: str = "auto",
+    device: str = "cpu",
     batch_size: int = 8,
     callbacks: list[Callback] | None = None,
     model: TinyGPT | None = None,
@@ -108,7 +109,7 @@ def train(
     trainer = Trainer(
         precision=precision,
         strategy=strategy,
-        device="cpu",
+        device=device,
         max_steps=steps,
         callbacks=given,
         enable_checkpointing=bool(save_every),

@@ -1,0 +1,305 @@
+"""float8 and float4 training by NVIDIA's TransformerEngine, on CUDA.
+
+    fp8-te             one scale a tensor, from the largest values of past steps (delayed scaling); reduced over all ranks
+    fp8-te-current     one scale a tensor, from its own values
+    fp8-te-block       one scale a block of 128 (Hopper)
+    mxfp8-te           MXFP8, one power of two a block of 32 (Blackwell)
+    nvfp4-te           4-bit floats, one scale a block of 16 (Blackwell)
+
+Linears and LayerNorms become TransformerEngine's, with the same parameters under the same names; steps run under its autocast
+and bf16's. It has no CPU path: what is tested without a GPU is which calls we make (against the real package's signatures and
+recipes), and the swap (against a stand-in). What is said about its numbers is in the tests that are marked `gpu`.
+Its modules keep their state in a pickle ("_extra_state"); that is left out of ours, and the scales are saved as plain tensors.
+Source: transformer_engine.pytorch (2.20); Micikevicius et al. 2022, arXiv:2209.05433.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, MissingDependency, UnknownName, suggest, unknown_name
+from .base import Precision
+from .linears import Choice, Report, choose
+from .mixed import BF16Mixed
+
+__all__ = ["RECIPES", "Float8TE", "TERecipe", "block", "current", "mxfp8", "nvfp4"]
+
+RECIPES: Mapping[str, tuple[str, str, str]] = {
+    "delayed": ("DelayedScaling", "is_fp8_available", "fp8-te"),
+    "current": ("Float8CurrentScaling", "is_fp8_available", "fp8-te-current"),
+    "block": ("Float8BlockScaling", "is_fp8_block_scaling_available", "fp8-te-block"),
+    "mxfp8": ("MXFP8BlockScaling", "is_mxfp8_available", "mxfp8-te"),
+    "nvfp4": ("NVFP4BlockScaling", "is_nvfp4_available", "nvfp4-te"),
+}
+"""scaling -> (TransformerEngine's class, its question whether the device can do it, our name)"""
+_NEEDED = "pip install 'drivetrain[te]' on a machine with CUDA, where it is built"
+_NEAREST = "Use precision='fp8-ao', which also runs on a CPU, or 'bf16-mixed'."
+
+
+@dataclass(frozen=True)
+class TERecipe(Choice):
+    """The knobs of `Float8TE`.
+
+    Args:
+        scaling: one of `RECIPES`.
+        options: what TransformerEngine's recipe takes, by its names: {"amax_history_len": 16, "fp8_format": "HYBRID"}.
+            TransformerEngine accepts names that it does not know; here they are refused.
+        norms: whether LayerNorms (and RMSNorms) become TransformerEngine's too. They compute in high precision either way.
+        evaluate_in_fp8: False evaluates in bf16.
+        amax_reduction_group: over which ranks delayed scaling takes its largest value; None is all of them.
+        skip, skip_first_and_last, min_features: which Linears; see `linears.Choice`.
+    """
+
+    scaling: str = "delayed"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    norms: bool = True
+    evaluate_in_fp8: bool = True
+    amax_reduction_group: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scaling not in RECIPES:
+            raise unknown_name("recipe of TransformerEngine", self.scaling, RECIPES)
+
+    def build(self) -> Any:
+        """Return TransformerEngine's own recipe object. Needs the package, no GPU.
+
+        Raises:
+            UnknownName: an option that the recipe does not have.
+        """
+        recipes: Any = _load("transformer_engine.common.recipe")
+        cls = getattr(recipes, RECIPES[self.scaling][0])
+        known = [f.name for f in dataclasses.fields(cls) if f.init]
+        options = dict(self.options)
+        for name, value in options.items():
+            if name not in known:
+                raise UnknownName(f"{cls.__name__} has no option {name!r}.{suggest(name, known)} Known: {', '.join(known)}.")
+            if name.endswith("_format") and isinstance(value, str):
+                options[name] = recipes.Format[value]
+        return cls(**options)
+
+
+class Float8TE(Precision):
+    """Linears and LayerNorms of TransformerEngine, under its autocast and bf16's.
+
+    Args:
+        recipe: a `TERecipe`, or the name of its scaling.
+    """
+
+    name = "fp8-te"
+    autocast_dtype = torch.bfloat16
+
+    def __init__(self, recipe: TERecipe | str = "delayed") -> None:
+        self.recipe = TERecipe(scaling=recipe) if isinstance(recipe, str) else recipe
+        self.name = RECIPES[self.recipe.scaling][2]
+        self.reports: list[Report] = []
+        self._bf16 = BF16Mixed()
+        self._context: _Autocast | None = None
+        self._modules: dict[str, Any] = {}
+        self._loaded: dict[str, Any] = {}
+
+    def available(self, device: torch.device) -> str | None:
+        """CUDA only, where TransformerEngine is built, and what it says itself about the device and the recipe."""
+        if device.type != "cuda":
+            return (
+                f"precision={self.name!r} was asked for on {device.type}, and TransformerEngine needs CUDA (float8 from compute "
+                f"capability 8.9, MXFP8 and NVFP4 from 10.0). {_NEAREST}"
+            )
+        if reason := _missing(self.name):
+            return reason
+        te: Any = _load("transformer_engine.pytorch")
+        works, reason = getattr(te, RECIPES[self.recipe.scaling][1])(return_reason=True)
+        return None if works else f"precision={self.name!r}: TransformerEngine says: {reason} {_NEAREST}"
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        """Swap modules of `model` for TransformerEngine's, in place. Parameters stay the same objects under the same names.
+
+        Raises:
+            ConfigError: none can be swapped.
+        """
+        report = choose(model, self.recipe, 32 if self.recipe.scaling in ("mxfp8", "nvfp4") else 16)
+        if not report.converted:
+            raise ConfigError(f"precision={self.name!r} found no Linear to convert: {report}. Use precision='bf16-mixed'.")
+        te: Any = _load("transformer_engine.pytorch")
+        self._context = _Autocast(te, self.recipe)
+        for name in report.converted:
+            self._swap(model, name, te.Linear, "in_features", "out_features", bias=True)
+        if self.recipe.norms:
+            kinds: list[tuple[type[nn.Module], Any]] = [(nn.LayerNorm, te.LayerNorm), (nn.RMSNorm, te.RMSNorm)]
+            for kind, theirs in kinds:
+                for name in [n for n, m in model.named_modules() if type(m) is kind and _plain_norm(m)]:
+                    self._swap(model, name, theirs, "normalized_shape", eps=True)
+        self.reports.append(report)
+        return model
+
+    def _swap(self, model: nn.Module, name: str, theirs: Any, *sizes: str, bias: bool = False, eps: bool = False) -> None:
+        module: Any = model.get_submodule(name)
+        options: dict[str, Any] = {"params_dtype": module.weight.dtype, "device": "meta"}
+        if bias:
+            options["bias"] = module.bias is not None
+        if eps and module.eps is not None:
+            options["eps"] = module.eps
+        new = theirs(*[getattr(module, size) for size in sizes], **options)
+        for key, parameter in module.named_parameters(recurse=False):
+            setattr(new, key, parameter)
+        new.train(module.training)
+        left = sorted({k for k, _ in new.named_parameters()} ^ {k for k, _ in module.named_parameters()})
+        if left:
+            raise ConfigError(
+                f"precision={self.name!r}: TransformerEngine's {type(new).__name__} has other parameters than {name}: "
+                f"{', '.join(left)}. This adapter was written for 2.20; leave the module out with skip=({name!r},)."
+            )
+        new.register_state_dict_post_hook(_without_extra_state)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+        if hasattr(new, "fp8_meta"):
+            self._modules[f"{len(self.reports)}/{name}"] = new
+
+    def restore(self, model: nn.Module) -> int:
+        """Make TransformerEngine's Linears and norms of `model` torch's again; return how many there were."""
+        te: Any = _load("transformer_engine.pytorch")
+        count = 0
+        for name, module in list(model.named_modules()):
+            if type(module) not in (te.Linear, te.LayerNorm, te.RMSNorm):
+                continue
+            theirs: Any = module
+            new: Any
+            if type(module) is te.Linear:
+                has_bias = "bias" in dict(module.named_parameters(recurse=False))
+                new = nn.Linear(theirs.in_features, theirs.out_features, bias=has_bias, device="meta")
+            else:
+                kind = nn.LayerNorm if type(module) is te.LayerNorm else nn.RMSNorm
+                new = kind(list(theirs.weight.shape), eps=theirs.eps, device="meta")
+            for key, parameter in module.named_parameters(recurse=False):
+                setattr(new, key, parameter)
+            new.train(module.training)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)
+            count += 1
+        self._modules.clear()
+        return count
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Return one context, to be entered for each step: bf16's, and TransformerEngine's within it."""
+        if self._context is None:
+            self._context = _Autocast(_load("transformer_engine.pytorch"), self.recipe)
+        self._context.outer = self._bf16.autocast(device)
+        return self._context
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return delayed scaling's scales and histories as plain tensors; the other recipes have none."""
+        found: dict[str, Any] = dict(self._loaded)
+        for name, module in self._modules.items():
+            for part in ("scaling_fwd", "scaling_bwd"):
+                state = module.fp8_meta.get(part)
+                if state is not None and hasattr(state, "amax_history"):
+                    found[f"{name}/{part}"] = {"scale": state.scale.clone(), "amax_history": state.amax_history.clone()}
+        return found
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned.
+
+        Raises:
+            ConfigError: the state is of another model.
+        """
+        for key, values in state.items():
+            name, _, part = key.rpartition("/")
+            module = self._modules.get(name)
+            if module is None:
+                raise ConfigError(
+                    f"precision={self.name!r}: the state is of {name}, which was not converted. Build the same model."
+                )
+            if not module.fp8_meta_tensors_initialized:
+                module.init_fp8_meta_tensors(self.recipe.build())
+            held = module.fp8_meta[part]
+            with torch.no_grad():
+                held.scale.copy_(values["scale"])
+                held.amax_history.resize_(values["amax_history"].shape).copy_(values["amax_history"])
+
+    def explain(self) -> str:
+        return " | ".join(map(str, self.reports))
+
+
+class _Autocast(AbstractContextManager["_Autocast", None]):
+    """bf16's autocast and TransformerEngine's, entered together, anew for each step."""
+
+    def __init__(self, te: Any, recipe: TERecipe) -> None:
+        self.te = te
+        self.recipe = recipe
+        self.built = recipe.build()
+        self.outer: AbstractContextManager[Any] | None = None
+        self._open: list[Any] = []
+
+    def __enter__(self) -> _Autocast:
+        assert self.outer is not None
+        enabled = self.recipe.evaluate_in_fp8 or torch.is_grad_enabled()
+        inner = self.te.autocast(enabled=enabled, recipe=self.built, amax_reduction_group=self.recipe.amax_reduction_group)
+        self.outer.__enter__()
+        inner.__enter__()
+        self._open.append(inner)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        assert self.outer is not None
+        self._open.pop().__exit__(*exc)
+        self.outer.__exit__(*exc)
+
+
+def current() -> Float8TE:
+    """fp8-te-current."""
+    return Float8TE("current")
+
+
+def block() -> Float8TE:
+    """fp8-te-block."""
+    return Float8TE("block")
+
+
+def mxfp8() -> Float8TE:
+    """mxfp8-te."""
+    return Float8TE("mxfp8")
+
+
+def nvfp4() -> Float8TE:
+    """nvfp4-te."""
+    return Float8TE("nvfp4")
+
+
+def _plain_norm(module: Any) -> bool:
+    """Whether TransformerEngine's norm can hold the parameters of `module`."""
+    has_bias = getattr(module, "bias", None) is not None or type(module) is nn.RMSNorm
+    return module.weight is not None and has_bias
+
+
+def _without_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Leave out of a state dict what TransformerEngine pickles; `Float8TE.state_dict` has it as tensors."""
+    state.pop(f"{prefix}_extra_state", None)
+
+
+def _missing(name: str) -> str | None:
+    """Return why TransformerEngine cannot be used, or None."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return f"precision={name!r} needs transformer-engine, which is not installed: {_NEEDED}."
+    if importlib.util.find_spec("transformer_engine_torch") is None:
+        return (
+            f"precision={name!r} needs transformer-engine with its part for torch; only its Python sources are installed. "
+            f"Install it: {_NEEDED}."
+        )
+    return None
+
+
+def _load(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise MissingDependency(f"TransformerEngine cannot be used here ({error}). Install it: {_NEEDED}.") from error
