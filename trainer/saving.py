@@ -6,7 +6,6 @@ A folder that is given to `save_state` holds one committed checkpoint a save (st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -148,34 +147,34 @@ class Saving:
         name = next((n for n, m in self.models.items() if m is module), "")
         return self.strategies.get(name, self.strategy).full_state_dict(module)
 
-    def save_model(self, model: nn.Module, save_directory: str | Path) -> Path:
-        """Write the bare weights of a model as `model.safetensors`, on the main process; return the file.
+    def save_model(self, model: nn.Module, save_directory: str | Path, max_shard_size: int | str = "5GB") -> Path:
+        """Write the bare weights of a model as Hugging Face has them (checkpoint/weights.py); return the first file.
 
-        Tied weights are written once, under their first name; their other names stand in the file's metadata.
+        One `model.safetensors`, or, above `max_shard_size`, several files and `model.safetensors.index.json`. Tied weights are
+        written once, under their first name; their other names stand in the file's metadata. On the main process.
         """
-        path = Path(save_directory) / "model.safetensors"
-        state = self.get_state_dict(model)
+        from ..strategies.checkpoint.weights import SINGLE, save_weights, untied
+
+        folder = Path(save_directory)
+        tensors = self.get_state_dict(model)
+        files = [folder / SINGLE]
         if self.world.is_main:
-            from safetensors.torch import save_file
+            kept, tied = untied(tensors)
+            sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in kept.items()}
+            files = save_weights(
+                folder, sizes, lambda names: {n: kept[n] for n in names}, max_shard_size=max_shard_size, metadata=tied
+            )
+        return folder / str(self.world.broadcast_json(files[0].name))
 
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tensors, tied = _untied(state)
-            partial = path.with_name(f".{path.name}.partial")
-            save_file(tensors, partial, metadata={"format": "pt", **tied})
-            partial.replace(path)  # a reader sees the old file or the whole new one
+    def load_model(self, model: nn.Module, directory: str | Path, *, strict: bool = True) -> list[str]:
+        """Load what `save_model` (or transformers' `save_pretrained`) wrote into a prepared model; return what was skipped.
+
+        Raises:
+            CheckpointError: the weights of another model: what is missing, in excess or of another shape is listed, and nothing
+                was loaded. `strict=False` takes what fits.
+        """
+        from ..strategies.checkpoint.weights import load_weights
+
+        skipped = load_weights(self.unwrap_model(model).state_dict(), Path(directory), strict=strict)  # pyright: ignore[reportAttributeAccessIssue]
         self.world.barrier()
-        return path
-
-
-def _untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    first: dict[tuple[Any, ...], str] = {}
-    kept: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
-        if key in first:
-            tied[name] = first[key]
-        else:
-            first[key] = name
-            kept[name] = tensor.detach().contiguous()
-    return kept, tied
+        return skipped

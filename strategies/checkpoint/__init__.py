@@ -9,6 +9,7 @@ job.py         one save on one rank
 writer.py      safetensors and JSON files with their checksums; fsync
 reader.py      Checkpoint: values and tensors, checked while they are read
 divide.py      who writes which piece of which tensor; do pieces cover their tensor
+weights.py     bare weights as Hugging Face has them
 lock.py        one process at a time saves in a folder
 state.py       trees of tensors and JSON values, to and fro
 rng.py         the random states of a process

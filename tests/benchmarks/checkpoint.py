@@ -1,7 +1,7 @@
 """Save and load a model with its AdamW state: seconds, what the step waits for, and memory, beside the machine's own limits.
 
     python tests/benchmarks/checkpoint.py                      # 200 million parameters, 2.4 GB
-    python tests/benchmarks/checkpoint.py --parameters 30 --methods limits,ours,torch.save --json
+    python tests/benchmarks/checkpoint.py --parameters 30 --methods limits,ours,torch.save --json FILE
 
 Each method runs in a process of its own, on a fresh folder. What is measured, in units that travel between machines:
     save    until the checkpoint is durable (fsync; checksums where a method has them)          / write + fsync
@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--folder", default=None, help="where to write: the disk that is measured")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", metavar="FILE", help="write everything that was measured there, too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -330,10 +330,9 @@ def main() -> None:
         raise SystemExit(f"--methods: there is no {unknown[0]!r}. Known: {', '.join(METHODS)}")
     missing = [n for n in names if METHODS[n][1] and importlib.util.find_spec(METHODS[n][1] or "") is None]
     found = with_ratios(run_all([n for n in names if n not in missing], options))
-    if options.json:
-        print(json.dumps(found, indent=2))
-        return
     print(table(found))
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=2))
     if missing:
         print(f"not installed: {', '.join(missing)}")
 

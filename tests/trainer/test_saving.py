@@ -203,3 +203,16 @@ def save_on_two(folder: Path) -> list[str]:
 
 def test_save_model_has_the_users_own_names_on_every_rank(ranks: Any, tmp_path: Path) -> None:
     assert ranks(2, save_on_two, tmp_path) == [["bias", "weight"]] * 2
+
+
+def test_a_big_model_is_saved_as_several_files_and_loaded_back(tmp_path: Path) -> None:
+    accelerator = Accelerator()
+    torch.manual_seed(0)
+    model = accelerator.prepare(nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 20)))
+    first = accelerator.save_model(model, tmp_path, max_shard_size="3KB")
+    assert first.name == "model-00001-of-00002.safetensors"
+    other = accelerator.prepare(nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 20)))
+    assert accelerator.load_model(other, tmp_path) == []
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    with pytest.raises(CheckpointError, match="2 not in the model"):
+        accelerator.load_model(accelerator.prepare(nn.Sequential(nn.Linear(20, 30))), tmp_path)
