@@ -217,7 +217,8 @@ class Recorder(Callback):
         self.seen += 1
         self.noise = self.noise + torch.rand(())
         if trainer.accelerator.sync_gradients:
-            self.average.update(whole(module.net[0].weight.detach()))
+            net: Any = module.net
+            self.average.update(whole(net[0].weight.detach()))
             rates = [group["lr"] for o in trainer.optimizers.values() for group in o.param_groups]
             self.events.append(("step", trainer.progress.global_step, rates, self.seen, float(self.noise)))
 
@@ -260,7 +261,8 @@ def trainer_for(job: Job, root: Path, callbacks: Sequence[Callback] = (), **more
         "name": "job",
     }
     options |= {name: value() if callable(value) else value for name, value in job.options.items()}
-    return Trainer(**options | {"callbacks": list(callbacks)} | more)
+    options |= {"callbacks": list(callbacks)} | more
+    return Trainer(**options)
 
 
 def loaders(job: Job) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
@@ -311,7 +313,8 @@ def assert_goes_on_as(result: Result, expected: Result, *, batches: int) -> None
 # -- in processes of their own ----------------------------------------------------------------------------------------
 def main(given: dict[str, Any]) -> None:
     """Train as `given` says: {"root", "job", "every", "resume", "options"}; leave the end's state in <root>/result.json."""
-    job = Job(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.get("job", {}).items()})
+    options: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.get("job", {}).items()}
+    job = Job(**options)
     root = Path(given["root"])
     every = given.get("every", "1step")
     callbacks: list[Callback] = [Checkpoint(every)] if every else []

@@ -52,7 +52,7 @@ def assert_like_the_whole(root: Path, whole: Path, job: Job) -> None:
 
 @pytest.mark.parametrize("name", ["every step", "every third step", "workers", "accumulation"])
 def test_killed_at_random_and_resumed_it_is_the_run_that_was_never_killed(name: str, tmp_path: Path) -> None:
-    job = {"epochs": 2, "samples": 28}
+    job: dict[str, Any] = {"epochs": 2, "samples": 28}
     given: dict[str, Any] = {"job": job}
     if name == "every third step":
         given["every"] = "3step"

@@ -19,7 +19,7 @@ from drivetrain.callbacks.loggers.jsonl import read_metrics
 from drivetrain.strategies.precision.mixed import FP16Mixed
 from resume_jobs import Job, Result, assert_each_sample_once, assert_goes_on_as, assert_same_end, read_ledger, train
 
-NOT_SAVING = {"enable_checkpointing": False}
+NOT_SAVING: dict[str, Any] = {"enable_checkpointing": False}
 
 
 class SaveAt(Callback):

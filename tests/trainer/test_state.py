@@ -63,7 +63,7 @@ def test_every_random_generator_comes_back_last(tmp_path: Path) -> None:
             for _ in range(trainer.global_step):
                 random.random(), np.random.rand(), torch.rand(())
 
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if trainer.progress.batches == 6:
                 self.numbers = [random.random(), float(np.random.rand()), float(torch.rand(()))]
 
@@ -102,7 +102,7 @@ def test_state_that_cannot_be_saved_is_named_at_the_first_save(tmp_path: Path) -
 
 def test_nan_metrics_are_saved_and_come_back(tmp_path: Path) -> None:
     class Bad(Callback):
-        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             trainer.log("bad", float("nan"))
 
     train(Job(epochs=1), tmp_path, callbacks=[Bad()], max_steps=3)

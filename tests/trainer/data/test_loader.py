@@ -299,7 +299,8 @@ def test_every_flag_of_the_users_loader_reaches_the_workers(tmp_path: Any) -> No
         multiprocessing_context="fork",
     )
     loader = prepare_loader(plain)
-    workers = loader._source._workers
+    source: Any = loader._source
+    workers = source._workers
     assert (workers.timeout, workers.prefetch_factor, workers.persistent_workers) == (30, 3, False)
     assert workers.multiprocessing_context is plain.multiprocessing_context
     list(loader)

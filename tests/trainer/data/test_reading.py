@@ -233,7 +233,8 @@ def test_batches_of_tensors_have_memory_of_their_own() -> None:
 def test_a_weighted_sampler_over_tensors_takes_the_short_way_too() -> None:
     sampler = WeightedRandomSampler([1.0] * N, N)
     direct = make(TensorDataset(Y), sampler=sampler)
-    assert direct._source._tensors is not None
+    source: Any = direct._source
+    assert source._tensors is not None
     long_way = make(Y, sampler=sampler)
     assert [batch[0].tolist() for batch in direct] == [batch.tolist() for batch in long_way]
 

@@ -182,7 +182,8 @@ def test_torchdata_reads_in_workers_with_their_state_when_asked() -> None:
     pytest.importorskip("torchdata.stateful_dataloader", reason="waits for torchdata")
     config = DataLoaderConfiguration(use_stateful_dataloader=True)
     loader = prepare_loader(DataLoader(Stream(9), batch_size=2), config=config)
-    assert type(loader._source.stream.stateful).__name__ == "StatefulDataLoader"
+    source: Any = loader._source
+    assert type(source.stream.stateful).__name__ == "StatefulDataLoader"
     assert real(loader) == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
 
 
