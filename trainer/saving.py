@@ -89,7 +89,7 @@ class Saving:
             infos = store.list()
             step = int(self.world.broadcast_json(infos[-1].step + 1 if infos else 1))
         found = run_state.collect(self, self._providers())  # pyright: ignore[reportArgumentType]
-        own = {"rank_values": found.rank_values, "rank_tensors": found.rank_tensors}
+        own: dict[str, Any] = {"rank_values": found.rank_values, "rank_tensors": found.rank_tensors}
         if wait:
             return store.save(step, found.tensors, found.values, **own, meta={"kind": "state"}).path
         return store.save(step, found.tensors, found.values, **own, meta={"kind": "state"}, wait=False)
