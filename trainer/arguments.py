@@ -12,6 +12,16 @@ from .config import check_at_least, check_choice
 
 __all__ = ["check", "describe", "resume_of"]
 
+# Lightning writes "the default" as None here.
+_NONE_MEANS: Mapping[str, Any] = {
+    "enable_checkpointing": True,
+    "enable_progress_bar": True,
+    "enable_model_summary": True,
+    "num_sanity_val_steps": 2,
+    "log_every_n_steps": 50,
+    "gradient_clip_algorithm": "norm",
+    "deterministic": False,
+}
 _FIT = ("resume", "ckpt_path", "datamodule", "train_dataloaders", "val_dataloaders")
 
 
@@ -22,6 +32,9 @@ def check(given: dict[str, Any]) -> dict[str, Any]:
         ConfigError: a value that cannot be.
     """
     options = dict(given)
+    for name, default in _NONE_MEANS.items():
+        if options[name] is None:
+            options[name] = default
     # Lightning writes "no limit" as -1 here.
     for name in ("max_epochs", "max_steps"):
         if options[name] == -1:
@@ -57,7 +70,7 @@ def check(given: dict[str, Any]) -> dict[str, Any]:
             "For example gradient_clip_val=1.0."
         )
     sanity, short = options["num_sanity_val_steps"], options["fast_dev_run"]
-    if sanity is not None and (isinstance(sanity, bool) or not isinstance(sanity, int) or sanity < -1):
+    if isinstance(sanity, bool) or not isinstance(sanity, int) or sanity < -1:
         raise ConfigError(
             f"num_sanity_val_steps must be -1 (all), 0 (none) or a number of batches, got {sanity!r}. "
             "For example num_sanity_val_steps=0 to leave the check out."

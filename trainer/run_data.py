@@ -13,9 +13,16 @@ if TYPE_CHECKING:
     from .accelerator import Accelerator
     from .data.loader import Loader
 
-__all__ = ["evaluation_loaders", "limit_of", "train_loader"]
+__all__ = ["evaluation_loaders", "limit_of", "take_datamodule", "train_loader"]
 
 _METHODS = {"fit": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader", "predict": "predict_dataloader"}
+
+
+def take_datamodule(given: Any, datamodule: Any) -> tuple[Any, Any]:
+    """Return (loaders, data module): the data module may stand in the loaders' place, as in `fit(module, data)`."""
+    if datamodule is None and not hasattr(given, "__iter__") and any(hasattr(given, name) for name in _METHODS.values()):
+        return None, given
+    return given, datamodule
 
 
 def find_source(given: Any, stage: str, datamodule: Any, module: nn.Module) -> Any:

@@ -43,9 +43,19 @@ class RunFolder:
         return self.path / "checkpoints"
 
 
-def open_run(root: Path, name: str | None, resume: str | Path | None, world: World, *, create: bool = True) -> RunFolder:
+def open_run(
+    root: Path,
+    name: str | None,
+    resume: str | Path | None,
+    world: World,
+    *,
+    create: bool = True,
+    own: RunFolder | None = None,
+) -> RunFolder:
     """Choose the run's folder on rank 0 and tell all ranks; create it unless `create` is False.
 
+    Args:
+        own: the run whose "last" and "best" are meant, if it has checkpoints; by default the newest of that name.
     Raises:
         CheckpointError: `resume` is a path and there is nothing whole, or "auto" found checkpoints and none of them is whole.
     """
@@ -56,7 +66,7 @@ def open_run(root: Path, name: str | None, resume: str | Path | None, world: Wor
     if world.is_main:
         try:
             # Absolute: the working folder may change while the run goes on.
-            found = _choose(root.expanduser().absolute(), name, resume, create)
+            found = _choose(root.expanduser().absolute(), name, resume, create, None if own is None else own.path)
             if create:
                 (Path(found["path"]) / "checkpoints").mkdir(parents=True, exist_ok=True)
                 (Path(found["path"]) / "finished").unlink(missing_ok=True)
@@ -75,7 +85,7 @@ def open_run(root: Path, name: str | None, resume: str | Path | None, world: Wor
     return RunFolder(name, found["id"], Path(found["path"]), resume_from, found["notes"])
 
 
-def _choose(root: Path, name: str, resume: str | Path | None, create: bool) -> dict[str, Any]:
+def _choose(root: Path, name: str, resume: str | Path | None, create: bool, own: Path | None) -> dict[str, Any]:
     base = root / name
     notes: list[str] = []
 
@@ -98,7 +108,7 @@ def _choose(root: Path, name: str, resume: str | Path | None, create: bool) -> d
         notes.extend(info.notes)
         return {"id": path.name, "path": str(path), "resume_from": str(info.path), "notes": notes}
     if str(resume) in ("last", "best"):
-        path = _newest(base, with_checkpoints=True)
+        path = own if own is not None and _has_checkpoints(own) else _newest(base, with_checkpoints=True)
         if path is None:
             raise CheckpointError(
                 f"resume={str(resume)!r}: there is no checkpoint in {base.absolute()}. Use resume=None to start anew."

@@ -17,6 +17,7 @@ from ..strategies.errors import CheckpointError, ConfigError, suggest
 from . import state as run_state
 from .boundary import EPOCH, Boundary
 from .defaults import make_accelerator
+from .facts import Facts
 from .launch.script import ensure_ranks
 from .rollback import RollBack, RollsBack
 from .running_values import RunningValues
@@ -55,7 +56,7 @@ class Leave(BaseException):
         self.code = code
 
 
-class Runtime(RollsBack):
+class Runtime(RollsBack, Facts):
     """The state of a run, and what its loops and callbacks do with it."""
 
     # Set by Trainer.__init__.
@@ -177,10 +178,6 @@ class Runtime(RollsBack):
     @property
     def current_epoch(self) -> int:
         return self.progress.epoch
-
-    @property
-    def callback_metrics(self) -> dict[str, float]:
-        return self.metrics
 
     def print(self, text: str) -> None:
         """Print on the main process only."""

@@ -8,6 +8,7 @@ things happen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,19 +42,21 @@ _MODULE_HOOKS = tuple(n for n, v in vars(TrainingModule).items() if callable(v) 
 class Session:
     """The frame of one call. Use it with `with`."""
 
-    def __init__(self, trainer: Trainer, stage: str, module: TrainingModule, datamodule: Any) -> None:
-        self.trainer, self.stage, self.given, self.datamodule = trainer, stage, module, datamodule
+    def __init__(self, trainer: Trainer, stage: str, module: TrainingModule | None, datamodule: Any) -> None:
+        self.trainer, self.stage, self.datamodule = trainer, stage, datamodule
+        self.given = trainer.fitted if module is None and stage != "fit" else module
         self._setup_done = self._looping = False
 
     # -- frame --------------------------------------------------------------------------------------------------------
     def __enter__(self) -> Session:
         trainer = self.trainer
-        module = _checked_module(self.given)
+        module = _checked_module(self.given, stage=self.stage)
         find_misspelt(module, TrainingModule, _MODULE_HOOKS, LIGHTNING_ONLY)
         control = trainer.accelerator.world.control  # starts ranks, world and accelerator, where they are not there yet
         trainer._module, trainer.stage, trainer.leaving = module, self.stage, 0
         trainer._boundary, trainer._broken_off, trainer.in_window = None, False, False
         module._trainer = trainer
+        trainer.datamodule = self.datamodule
         self._signals = SignalHandlers(control)
         self._signals.__enter__()
         trainer.signals = self._signals
@@ -72,6 +75,8 @@ class Session:
                 trainer.go_back()
                 trainer.hooks.call("on_exception", error)
             if self._setup_done:
+                if hasattr(self.datamodule, "teardown"):
+                    self.datamodule.teardown(self.stage)
                 self._call_setup_hooks("teardown")
         finally:
             if trainer._tracking is not None:
@@ -135,8 +140,9 @@ class Session:
             trainer.store.claim()
         self._attach(trainer.callbacks)
         module.configure_model()
+        trainer._find_data = partial(self._prepare_data, train, val)
         self._prepare_models()
-        self._prepare_data(train, val)
+        trainer.find_data()  # `configure_optimizers` may have asked for it
         trainer.metrics = {}
         trainer._train_metrics = Metrics(trainer.world, stage="train")
         trainer.log_into(trainer.train_metrics, False, True)
@@ -316,7 +322,8 @@ class Session:
             accelerator.free_memory()  # another module's
             accelerator.prepare_models(models)
         if ckpt_path is not None:
-            folder = open_run(trainer.options["root"], trainer.options["name"], ckpt_path, trainer.world, create=False)
+            root, name = trainer.options["root"], trainer.options["name"]
+            folder = open_run(root, name, ckpt_path, trainer.world, create=False, own=trainer.run_folder)
             assert folder.resume_from is not None
             with Checkpoint(folder.resume_from) as checkpoint:
                 run_state.load_models(accelerator, checkpoint)
@@ -352,9 +359,13 @@ class Session:
         return predict(self.trainer, loaders)
 
 
-def _checked_module(module: Any) -> TrainingModule:
+def _checked_module(module: Any, stage: str) -> TrainingModule:
     if isinstance(module, TrainingModule):
         return module
+    if module is None and stage != "fit":
+        raise ConfigError(
+            f"No module was given, and this trainer has fitted none yet. Pass one: trainer.{stage}(module, loader)."
+        )
     if isinstance(module, type):
         raise ConfigError(f"A TrainingModule object was expected, got the class {module.__name__}. Call it: {module.__name__}().")
     raise ConfigError(

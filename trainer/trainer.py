@@ -23,6 +23,7 @@ from .clock import Clock, parse_time
 from .data.config import DataLoaderConfiguration
 from .launch.report import install_excepthook
 from .loops.progress import Progress
+from .run_data import take_datamodule
 from .runtime import Runtime
 from .seed import seed_everything, set_deterministic
 from .session import Session
@@ -139,6 +140,8 @@ class Trainer(Runtime):
         """Train `module` on one loader, validating on another (or several, as a list or dict).
 
         Args:
+            datamodule: any object with train_dataloader(), val_dataloader(), ...; it may also stand in the first loader's place.
+                Its prepare_data (once a machine), setup(stage) and teardown(stage) are called, where it has them.
             resume: None (what the Trainer was given), "auto", "last", "best", or the path of a checkpoint.
         Raises:
             ConfigError: the run is not possible as it was asked for.
@@ -147,6 +150,7 @@ class Trainer(Runtime):
             SystemExit: the run was told to stop by a signal and has saved; the code is that of the signal.
         """
         resume = arguments.resume_of(peers, resume, self.options["resume"])
+        train_dataloaders, datamodule = take_datamodule(train_dataloaders, datamodule)
         with Session(self, "fit", module, datamodule) as session:
             loop = session.prepare_fit(train_dataloaders, val_dataloaders, resume)
             if loop is not None:
@@ -154,25 +158,46 @@ class Trainer(Runtime):
                 session.finish_fit()
 
     def validate(
-        self, module: TrainingModule, dataloaders: Any = None, *, datamodule: Any = None, ckpt_path: str | Path | None = None
+        self,
+        module: TrainingModule | None = None,
+        dataloaders: Any = None,
+        *,
+        datamodule: Any = None,
+        ckpt_path: str | Path | None = None,
     ) -> list[dict[str, float]]:
-        """Run `validation_step` over the loader(s); return the logged values, in a list as Lightning does."""
+        """Run `validation_step` over the loader(s); return the logged values, in a list as Lightning does.
+
+        `module` is by default the one that was fitted; `ckpt_path` a path, or "best" or "last" of its run.
+        """
+        dataloaders, datamodule = take_datamodule(dataloaders, datamodule)
         with Session(self, "validate", module, datamodule) as session:
             return [session.evaluate("validation", dataloaders, ckpt_path)]
         raise AssertionError("unreachable")
 
     def test(
-        self, module: TrainingModule, dataloaders: Any = None, *, datamodule: Any = None, ckpt_path: str | Path | None = None
+        self,
+        module: TrainingModule | None = None,
+        dataloaders: Any = None,
+        *,
+        datamodule: Any = None,
+        ckpt_path: str | Path | None = None,
     ) -> list[dict[str, float]]:
         """Run `test_step` over the loader(s); return the logged values, in a list as Lightning does."""
+        dataloaders, datamodule = take_datamodule(dataloaders, datamodule)
         with Session(self, "test", module, datamodule) as session:
             return [session.evaluate("test", dataloaders, ckpt_path)]
         raise AssertionError("unreachable")
 
     def predict(
-        self, module: TrainingModule, dataloaders: Any = None, *, datamodule: Any = None, ckpt_path: str | Path | None = None
+        self,
+        module: TrainingModule | None = None,
+        dataloaders: Any = None,
+        *,
+        datamodule: Any = None,
+        ckpt_path: str | Path | None = None,
     ) -> list[Any]:
         """Return what `predict_step` returned for every batch of this rank, in the order of the data."""
+        dataloaders, datamodule = take_datamodule(dataloaders, datamodule)
         with Session(self, "predict", module, datamodule) as session:
             return session.predict(dataloaders, ckpt_path)
         raise AssertionError("unreachable")

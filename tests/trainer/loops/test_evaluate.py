@@ -117,7 +117,7 @@ def test_the_values_of_a_validation_in_fit_are_there_for_everyone(tmp_path: Path
     trainer = Trainer(**QUIET, root=tmp_path, max_epochs=2, num_sanity_val_steps=0, callbacks=Looking())
     trainer.fit(Values(), loader(), loader())
     assert seen == [2.0, 2.0]
-    assert trainer.callback_metrics["value"] == 2.0
+    assert trainer.metrics["value"] == 2.0
     assert '"value":2.0' in (trainer.root / "metrics.jsonl").read_text().replace(" ", "")
 
 
