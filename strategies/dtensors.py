@@ -54,7 +54,8 @@ def norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     for cut, some in by_cut.items():
         held = [g for g in map(local, some) if g.numel()]
         own = gradients.grad_norm(held, norm_type).to(device, wide)
-        power = own if math.isinf(norm_type) else own**norm_type
+        # A maximum over ranks loses a NaN (gloo compares), so there it counts as Inf.
+        power = own.nan_to_num(nan=math.inf, posinf=math.inf) if math.isinf(norm_type) else own**norm_type
         for axis, placement in enumerate(() if cut is None else cut[1]):
             if placement.is_partial():
                 raise ConfigError(

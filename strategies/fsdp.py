@@ -250,7 +250,11 @@ class FSDPStrategy(Strategy):
         return model
 
     def _policy(self, root: bool) -> MixedPrecisionPolicy:
-        """The dtypes that parameters are gathered and gradients reduced in. Inputs are not cast: autocast does what is needed."""
+        """The dtypes that parameters are gathered and gradients reduced in.
+
+        The root's inputs, targets too, are never cast: autocast does what is needed. Those of units in 16 bits are: their norms
+        take no others.
+        """
         if self.mixed_precision is not None:
             return self.mixed_precision if not root else replace(self.mixed_precision, cast_forward_inputs=False)
         assert self.precision is not None
@@ -259,7 +263,7 @@ class FSDPStrategy(Strategy):
             param_dtype=dtype,
             reduce_dtype=torch.float32 if dtype is not None else None,
             output_dtype=torch.float32 if root and dtype is not None else None,
-            cast_forward_inputs=False,
+            cast_forward_inputs=dtype is not None and not root,
         )
 
     def _offload_policy(self) -> OffloadPolicy:

@@ -35,6 +35,7 @@ class Sharded:
         sends_buffers: whether buffers are rank 0's at each forward.
         depth: how many bound steps of it are running, one inside the other.
         syncing: whether a backward pass reduces gradients.
+        warm: whether the memory that parameters are gathered into was made outside of inference mode.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Sharded:
         self.sends_buffers = False
         self.depth = 0
         self.syncing = True
+        self.warm = False
         self.whole = self._held_whole(ignored)
 
     @property
@@ -155,7 +157,7 @@ class Sharded:
         if context is not None:
             # Where the model is called bare, its gathered 16-bit parameters meet 32-bit inputs.
             model.forward = _inside(context, model.forward)
-        model.register_forward_pre_hook(self._before_forward)
+        model.register_forward_pre_hook(self._before_forward, prepend=True)  # before torch's, which gathers
         model.register_forward_hook(self._after_forward)
 
     # -- running ------------------------------------------------------------------------------------------------------
@@ -174,8 +176,8 @@ class Sharded:
 
     def _run(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a step between torch's hooks. This frame is the only one of ours on the way to it."""
-        if self.sends_buffers and not self.depth and torch.is_grad_enabled():
-            self.send_buffers()
+        if not self.depth:
+            self._begin_step()
         self.depth += 1
         try:
             return step(*args, **kwargs)
@@ -189,8 +191,21 @@ class Sharded:
                 self.root.reshard()
 
     def _before_forward(self, model: nn.Module, args: Any) -> None:
-        if self.sends_buffers and not self.depth and torch.is_grad_enabled():
-            self.send_buffers()
+        if not self.depth:
+            self._begin_step()
+
+    def _begin_step(self) -> None:
+        if torch.is_grad_enabled():
+            if self.sends_buffers:
+                self.send_buffers()
+        elif not self.warm and torch.is_inference_mode_enabled():
+            # torch keeps the memory that it gathers into. Made in inference mode, it could never be written outside of it, and
+            # the first training step after an evaluation would fail.
+            self.warm = True
+            with torch.inference_mode(False), torch.no_grad():
+                for module in self.modules:
+                    module.unshard()
+                    module.reshard()
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         # Without a backward pass nobody else would free the root's parameters, and what is written into them would be lost.

@@ -60,11 +60,16 @@ def test_one_process_without_a_group_is_told_how_to_get_one() -> None:
         mesh_of(World.single(), ParallelPlan())
 
 
-def test_one_process_with_a_group_has_a_mesh() -> None:
+def alone() -> tuple[Any, ...]:
     world = World.start("cpu", need_group=True)
     mesh = mesh_of(world, ParallelPlan(dp_shard=-1))
-    assert (mesh.axes, mesh.size("fsdp"), mesh.index("batch"), mesh.group("dp_shard")) == (("dp_shard",), 1, 0, None)
+    found = mesh.axes, mesh.size("fsdp"), mesh.index("batch"), mesh.group("dp_shard")
     world.stop()
+    return found
+
+
+def test_one_process_with_a_group_has_a_mesh(ranks: Any) -> None:
+    assert ranks(1, alone) == [(("dp_shard",), 1, 0, None)]
 
 
 def places(plan: ParallelPlan) -> dict[str, Any]:
