@@ -9,6 +9,7 @@ however they were cut. With W ranks (whose gradients the backward pass averages)
     the same, when N is not known ahead   micro-loss times n*W/(A*G), and the gradients times A*G/N before the step
                                                                     G: samples of a full micro-batch over all ranks
     no sample counts (a list of batches)  micro-loss times 1/A, and the gradients times A/k when only k micro-batches came
+    a loop left within the last window    the same n*W/N, and the gradients times N over what the window held in the end
     sums with their counts (`num_items`)  micro-sum divided by P, and the gradients times P*W/T before the step
                                                                     P: a power of two, T: all counts of window and ranks
 
@@ -138,6 +139,8 @@ class Window:
             self.sync = True
         if self._remaining is not None:
             self.scale = loader.num_samples * self.ranks / self._remaining
+            self._held += loader.global_samples
+            self.uneven = self.kind == SUM or self._held != self._remaining  # the loop was left in this window: it goes on
             return
         if self._expected:
             # Whole batches have the plain 1/A, so that nothing is rounded that a hand-written loop would not round.
@@ -213,7 +216,7 @@ class Window:
             self.total = count
             return torch.where(count > 0, self._divisor * self.ranks / count, 0.0)
         if self._remaining is not None:
-            return None
+            return None if self._held == self._remaining else self._remaining / self._held
         if self._expected:
             return None if self._held == self._expected else self._expected / self._held
         return None if self.index == self.size else self.size / self.index

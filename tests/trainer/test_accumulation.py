@@ -68,6 +68,15 @@ def test_without_counts_a_short_window_is_the_mean_of_its_micro_batches() -> Non
     assert factor == 2.0
 
 
+def test_a_loop_left_in_its_last_window_goes_on_in_the_next_epoch_with_the_mean_of_what_it_held() -> None:
+    """`break` with 6 samples left: the open window of 3 takes two batches of the next epoch. 12 samples count, each once."""
+    window = Window(3)
+    window.begin(Batches(4, 4, remaining=6))  # pyright: ignore[reportArgumentType]
+    first = window.scale
+    scales, factor = run(window, Batches(4, 4, remaining=20), Batches(4, 4, remaining=16))
+    assert [scale * factor for scale in (first, *scales)] == pytest.approx([1 / 3] * 3)
+
+
 def test_the_next_window_knows_nothing_of_the_one_before() -> None:
     window = Window(3)
     run(window, Batches(4, 4, remaining=6), Batches(2, 2, True, remaining=2))
