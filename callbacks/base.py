@@ -31,7 +31,7 @@ breaks off has no `on_train_epoch_end` (the resumed run has it, at the epoch's e
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -104,6 +104,7 @@ class TrainerView(Protocol):
     @property
     def nonfinite_steps(self) -> int: ...  # steps left out because a gradient was NaN or Inf
     def leave_out_above(self, limit: float | None) -> None: ...  # steps with a micro-batch whose mean loss is above it
+    def abort(self, error: BaseException) -> NoReturn: ...  # now, from any thread
     def roll_back(self, to: int, reason: str) -> None: ...  # to a checkpoint, and on with the data that come now
     def stop(self, reason: str) -> None: ...
     def save_checkpoint(

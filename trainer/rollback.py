@@ -9,16 +9,18 @@ is the run that never saw those data. Only its clock goes on, and what a callbac
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from ..strategies.checkpoint.reader import Checkpoint
 from ..strategies.errors import CheckpointError, ConfigError
 from . import state as run_state
+from .launch.report import report
 
 if TYPE_CHECKING:
     from ..strategies.world import World
@@ -50,7 +52,7 @@ class RollBack:
 
 
 class RollsBack:
-    """The part of the trainer that callbacks heal a training with: leave steps out, and roll back."""
+    """The part of the trainer that callbacks heal a training with: leave steps out, roll back, or end it at once."""
 
     progress: Progress
     in_window: bool
@@ -99,6 +101,10 @@ class RollsBack:
         self.rolling_back = RollBack(
             to, reason, progress.epoch, progress.batch_in_epoch, progress.samples, dict(self.train_loader.state_dict())
         )
+
+    def abort(self, error: BaseException) -> NoReturn:
+        """Report `error` and end this process now, from any thread: the one that trains hangs, and will not do it."""
+        os._exit(report(error))
 
 
 def restore(trainer: Runtime, back: RollBack) -> None:

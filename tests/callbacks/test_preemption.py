@@ -19,7 +19,13 @@ from drivetrain.callbacks.preemption import Preemption, _started_at
 from drivetrain.strategies.checkpoint import CheckpointStore
 from drivetrain.strategies.environment import JobEnvironment, read_job
 from drivetrain.strategies.errors import ConfigError
-from resume_jobs import Job, assert_goes_on_as, logged_by, newest_run, train
+from resume_jobs import (  # pyright: ignore[reportMissingImports]
+    Job,
+    assert_goes_on_as,
+    logged_by,
+    newest_run,
+    train,
+)
 
 LONG = Job(epochs=200, samples=24, batch_size=3, step_s=0.01, validate=False)
 

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from drivetrain.callbacks.base import Callback
     from drivetrain.callbacks.checkpoint import Checkpoint
+    from drivetrain.callbacks.health import Health
     from drivetrain.callbacks.loggers.base import Logger
+    from drivetrain.callbacks.preemption import Preemption
+    from drivetrain.callbacks.watchdog import Watchdog
     from drivetrain.strategies.base import Strategy
     from drivetrain.strategies.fsdp import FSDPStrategy, HSDPStrategy
     from drivetrain.strategies.mesh import ParallelPlan
@@ -30,12 +33,15 @@ _HOMES = {
     "DataLoaderConfiguration": "drivetrain.trainer.data.config",
     "FSDPStrategy": "drivetrain.strategies.fsdp",
     "HSDPStrategy": "drivetrain.strategies.fsdp",
+    "Health": "drivetrain.callbacks.health",
     "Logger": "drivetrain.callbacks.loggers.base",
     "ParallelPlan": "drivetrain.strategies.mesh",
     "Precision": "drivetrain.strategies.precision.base",
+    "Preemption": "drivetrain.callbacks.preemption",
     "Strategy": "drivetrain.strategies.base",
     "Trainer": "drivetrain.trainer.trainer",
     "TrainingModule": "drivetrain.trainer.module",
+    "Watchdog": "drivetrain.callbacks.watchdog",
     "launch": "drivetrain.trainer.launch.function",
     "seed_everything": "drivetrain.trainer.seed",
 }
@@ -49,12 +55,15 @@ __all__ = [
     "DataLoaderConfiguration",
     "FSDPStrategy",
     "HSDPStrategy",
+    "Health",
     "Logger",
     "ParallelPlan",
     "Precision",
+    "Preemption",
     "Strategy",
     "Trainer",
     "TrainingModule",
+    "Watchdog",
     "launch",
     "seed_everything",
 ]
