@@ -1,0 +1,155 @@
+"""AdamW whose state takes 8 or 4 bits a number, by torchao: a quarter or an eighth of the memory of fp32 state.
+
+    LowBitAdamW(model.parameters(), lr=1e-3)              8-bit state, one scale for each 256 numbers
+    LowBitAdamW(..., bits=4)   LowBitAdamW(..., bits="fp8")
+
+The arithmetic and the formats are torchao's. Its own classes keep the state in tensor classes of theirs and the learning rate in
+a tensor, and compile their step always, which takes a minute on a CPU. Here the state is plain tensors (`exp_avg.codes`,
+`exp_avg.scale`), so it is saved like any other, schedulers find a number, and the step is compiled only where that pays.
+Works with any precision, `single` and `ddp`.
+Source: torchao.optim (0.18); Dettmers et al. 2022, arXiv:2110.02861; Li et al. 2023, arXiv:2309.01507.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..errors import ConfigError
+from . import _torchao
+
+__all__ = ["LowBitAdamW"]
+
+# bits -> (torchao's module and class of a state, its default block, whether it tells signed from unsigned)
+_FORMATS: Mapping[int | str, tuple[str, str, int, bool]] = {
+    8: ("optim.subclass_8bit", "OptimState8bit", 256, True),
+    4: ("optim.subclass_4bit", "OptimState4bit", 128, True),
+    "fp8": ("optim.subclass_fp8", "OptimStateFp8", 256, False),
+}
+_SMALLEST = 4096  # numbers: smaller tensors keep fp32 state, as in bitsandbytes and torchao
+_WANTED_BY = "LowBitAdamW"
+
+
+class LowBitAdamW(Optimizer):
+    """AdamW with low-bit moments.
+
+    Args:
+        bits: 8, 4 or "fp8".
+        block_size: how many numbers share a scale; by default 256, for 4 bits 128.
+        compile: whether torch.compile makes one kernel of each tensor's step. None: on accelerators.
+        bf16_stochastic_round: round updates of bf16 weights at random, so that small ones are not lost on average.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        bits: int | str = 8,
+        block_size: int | None = None,
+        compile: bool | None = None,
+        bf16_stochastic_round: bool = False,
+    ) -> None:
+        if bits not in _FORMATS:
+            raise ConfigError(f"bits={bits!r} is no format of LowBitAdamW. Use one of {', '.join(map(repr, _FORMATS))}.")
+        module, name, block, self._has_sign = _FORMATS[bits]
+        self._state_class: Any = getattr(_torchao.load(module, wanted_by=_WANTED_BY), name)
+        self._update: Callable[..., None] = _torchao.load("optim.adam", wanted_by=_WANTED_BY).single_param_adam
+        self._compiled: Callable[..., None] | None = None
+        self._compile = compile
+        self.block_size = block_size if block_size is not None else block
+        self.bf16_stochastic_round = bf16_stochastic_round
+        self._held: dict[tuple[Tensor, str], Any] = {}  # torchao's tensors around our plain ones
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta_1, beta_2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    self._start(p, state)
+                state["step"] += 1
+                rate = torch.tensor(float(group["lr"]), device=p.device)
+                # (p, grad, step, exp_avg, exp_avg_sq, max_exp_avg_sq, lr, beta1, beta2, weight_decay, eps, IS_ADAMW, ...)
+                self._function(p.device)(
+                    p.detach(),
+                    p.grad,
+                    state["step"],
+                    self._moment(p, state, "exp_avg"),
+                    self._moment(p, state, "exp_avg_sq"),
+                    None,
+                    rate,
+                    beta_1,
+                    beta_2,
+                    group["weight_decay"],
+                    group["eps"],
+                    True,
+                    self.bf16_stochastic_round and p.dtype is torch.bfloat16,
+                )
+        return loss
+
+    def _function(self, device: torch.device) -> Callable[..., None]:
+        if not (self._compile if self._compile is not None else device.type != "cpu"):
+            return self._update
+        if self._compiled is None:
+            self._compiled = torch.compile(self._update, fullgraph=True, dynamic=False)
+        return self._compiled
+
+    def _start(self, p: Tensor, state: dict[str, Any]) -> None:
+        if hasattr(p, "device_mesh"):
+            raise ConfigError("LowBitAdamW steps whole parameters, and these are sharded. Use it under 'single' or 'ddp'.")
+        if p.grad is not None and p.grad.is_sparse:
+            raise ConfigError(
+                "LowBitAdamW steps dense gradients, and one is sparse. Use torch.optim.SparseAdam for that parameter."
+            )
+        state["step"] = torch.tensor(0.0)
+        for name in ("exp_avg", "exp_avg_sq"):
+            if p.numel() >= _SMALLEST and p.numel() % self.block_size == 0:
+                zeros = self._zeros(p, name)
+                state[f"{name}.codes"], state[f"{name}.scale"] = zeros.codes, zeros.scale
+            else:
+                state[name] = torch.zeros_like(p)
+
+    def _zeros(self, p: Tensor, name: str) -> Any:
+        sign = {"signed": name == "exp_avg"} if self._has_sign else {}
+        return self._state_class.zeros(p.shape, block_size=self.block_size, device=p.device, dtype=p.dtype, **sign)
+
+    def _moment(self, p: Tensor, state: dict[str, Any], name: str) -> Any:
+        """Return a moment as torchao's function takes it: around the plain tensors of `state`, which it writes into."""
+        codes = state.get(f"{name}.codes")
+        if codes is None:
+            return state[name]
+        held = self._held.get((p, name))
+        if held is None or held.codes is not codes:  # the first step, or a state that was loaded
+            made = self._zeros(p, name)
+            names, context = made.__tensor_flatten__()
+            parts = {n: getattr(made, n) for n in names} | {"codes": codes, "scale": state[f"{name}.scale"]}
+            held = self._held[p, name] = self._state_class.__tensor_unflatten__(parts, context)
+        return held
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take back a state. torch casts it to the dtype of the parameters, which low-bit state must not be: that is undone."""
+        super().load_state_dict(dict(state_dict))
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, p in zip(numbers, parameters, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][key] = value.to("cpu" if key == "step" else p.device, copy=True)
+        self._held.clear()

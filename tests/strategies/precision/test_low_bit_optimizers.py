@@ -1,0 +1,126 @@
+"""AdamW with 8-bit, 4-bit and float8 state: near torch's AdamW, a fraction of its state, saved as plain tensors."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drivetrain.strategies.errors import ConfigError
+from drivetrain.strategies.precision.low_bit_optimizers import LowBitAdamW
+from tiny_gpt import TinyGPT, train
+from torch import nn
+
+pytestmark = pytest.mark.skipif(find_spec("torchao") is None, reason="waits for torchao: pip install 'drivetrain[ao]'")
+# bits -> (how far a loss may be from that of torch's AdamW, bytes of state for each number and moment, at most)
+FORMATS = {8: (0.02, 1.05), 4: (0.3, 0.55), "fp8": (0.05, 1.05)}
+ADAMW = partial(torch.optim.AdamW, lr=3e-3)
+
+
+@pytest.fixture(scope="module")
+def adamw(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return train("fp32", tmp_path_factory.mktemp("adamw"), model=TinyGPT(ADAMW)).losses
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+def test_losses_are_near_those_of_adamw_and_not_equal(bits: int | str, adamw: list[float], tmp_path: Path) -> None:
+    losses = train("fp32", tmp_path, model=TinyGPT(partial(LowBitAdamW, lr=3e-3, bits=bits))).losses
+    assert losses[0] == adamw[0]
+    assert losses != adamw
+    assert max(abs(a - b) for a, b in zip(losses, adamw, strict=True)) < FORMATS[bits][0]
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16-true", "fp8-ao"])
+def test_a_resumed_run_goes_on_bit_for_bit(bits: int | str, precision: str, tmp_path: Path) -> None:
+    """Under bf16-true too, where torch would round the fp32 scales to the dtype of the weights."""
+    make = partial(LowBitAdamW, lr=3e-3, bits=bits)
+    whole = train(precision, tmp_path / "whole", steps=12, save_every=6, model=TinyGPT(make))
+    resumed = train(precision, tmp_path / "resumed", steps=12, resume=whole.checkpoints[6], model=TinyGPT(make))
+    assert resumed.losses == whole.losses[6:]
+    assert all(torch.equal(resumed.weights[n], w) for n, w in whole.weights.items())
+
+
+def stepped(bits: int | str, **options: Any) -> tuple[nn.Linear, LowBitAdamW]:
+    torch.manual_seed(0)
+    model = nn.Linear(128, 64)
+    optimizer = LowBitAdamW(model.parameters(), bits=bits, **options)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 128)).square().mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+def test_the_state_is_plain_tensors_of_few_bits(bits: int | str) -> None:
+    model, optimizer = stepped(bits)
+    state = optimizer.state[model.weight]
+    assert {type(t) for t in state.values()} == {torch.Tensor}
+    num_bytes = sum(t.numel() * t.element_size() for n, t in state.items() if n != "step")
+    assert num_bytes / model.weight.numel() / 2 < FORMATS[bits][1]
+    assert set(optimizer.state[model.bias]) == {"step", "exp_avg", "exp_avg_sq"}  # too small to be worth it
+
+
+def test_it_computes_what_the_class_of_torchao_does() -> None:
+    """The same function over the same formats; torchao's own class compiles it, so it is called here as it is there."""
+    from drivetrain.strategies.precision import _torchao
+
+    adam: Any = _torchao.load("optim.adam", wanted_by="the test")
+    model, _ = stepped(8, lr=1e-2, weight_decay=0.1)
+    torch.manual_seed(0)
+    other = nn.Linear(128, 64)
+    theirs = adam.AdamW8bit(other.parameters(), lr=1e-2, weight_decay=0.1)
+    states: dict[Any, Any] = {p: (theirs._new_buffer(p, True), theirs._new_buffer(p, False)) for p in other.parameters()}
+    for step in (1, 2, 3):
+        other.zero_grad()
+        other(torch.randn(8, 128)).square().mean().backward()
+        for p in other.parameters():
+            moments, rate = states[p], torch.tensor(1e-2)
+            with torch.no_grad():
+                adam.single_param_adam(
+                    p, p.grad, torch.tensor(float(step)), *moments, None, rate, 0.9, 0.999, 0.1, 1e-8, True, False
+                )
+    assert torch.equal(model.weight, other.weight)
+
+
+def test_a_copied_state_goes_on_as_the_original() -> None:
+    model, optimizer = stepped(8)
+    optimizer.zero_grad()
+    other = copy.deepcopy(model)
+    taken = LowBitAdamW(other.parameters(), bits=8)
+    taken.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (other, taken)):
+        m(torch.ones(8, 128)).square().mean().backward()
+        o.step()
+    assert torch.equal(model.weight, other.weight)
+
+
+def test_two_ranks_train_near_one(ranks: Any, tmp_path: Path) -> None:
+    """The gradients differ in their last bits, which now and then rounds a moment to the next of its 256 values."""
+    make = partial(LowBitAdamW, lr=3e-3)
+    single = train("fp32", tmp_path / "one", steps=6, model=TinyGPT(make)).losses
+
+    def one_rank() -> list[float]:
+        return train("fp32", tmp_path / "two", steps=6, batch_size=4, model=TinyGPT(make)).losses
+
+    first, second = ranks(2, one_rank)
+    assert [(a + b) / 2 for a, b in zip(first, second, strict=True)] == pytest.approx(single, abs=5e-3)
+
+
+def test_an_unknown_format_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"bits=2 is no format.*8, 4, 'fp8'"):
+        LowBitAdamW(nn.Linear(2, 2).parameters(), bits=2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+def test_the_compiled_step_computes_nearly_the_same() -> None:
+    """It fuses the arithmetic, which rounds otherwise. Compiling takes half a minute."""
+    eager, _ = stepped(8)
+    compiled, _ = stepped(8, compile=True)
+    assert torch.allclose(eager.weight, compiled.weight, atol=1e-4)
