@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import sys
 import threading
 import weakref
@@ -212,6 +213,17 @@ def join_all() -> None:
     """Wait until no save of this process is under way, whichever world it belongs to."""
     for handle in list(_open_handles):
         handle._over.wait()
+
+
+def _forget_after_fork() -> None:
+    # The threads stayed in the parent: whoever waited for them here would wait for ever.
+    _open_handles.clear()
+    for background in list(_all.values()):
+        background._current = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 @atexit.register

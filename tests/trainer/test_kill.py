@@ -34,8 +34,8 @@ def killed_and_resumed(given: dict[str, Any], *, kills: int, seed: int, script: 
             if run.poll() is None:
                 pid = run.pid if victim == "agent" else dice.choice(list(run.ranks().values()))
                 os.kill(pid, signal.SIGKILL)
-                code = run.wait(20)
-                assert code != 0, run.output()
+                if run.wait(20) == 0:  # it came to its end just before the signal
+                    assert "finished" in {p.name for p in root.glob("job/*/*")}, run.output()
             else:
                 assert run.poll() == 0, run.output()
             hits += any(root.glob("job/*/checkpoints/.tmp-*"))

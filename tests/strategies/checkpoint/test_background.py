@@ -392,9 +392,13 @@ def test_a_rank_that_dies_in_its_writer_does_not_hang_the_other(victim: int, ran
 
 def test_a_process_forked_in_a_save_leaves_it_alone(tmp_path: Path, gate: Gate) -> None:
     """As the workers of a loader are: they neither finish the save nor wait for it."""
-    handle = save(CheckpointStore(tmp_path), 1)
+    saver = CheckpointStore(tmp_path)
+    handle = save(saver, 1)
     pid = os.fork()
     if pid == 0:
+        signal.alarm(10)
+        saver.join()
+        saver.settle()
         os._exit(0 if threading.active_count() == 1 else 1)
     assert os.waitpid(pid, 0)[1] == 0
     gate.open.set()
