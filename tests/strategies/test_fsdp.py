@@ -341,7 +341,7 @@ SLOW = [
     ("fsdp", 2, {}),
     ("fsdp", 4, {}),
     ("hsdp", 4, {}),
-    ("fsdp", 4, {"reshard_after_forward": 2, "units": 20}),
+    ("fsdp", 4, {"reshard_after_forward": 2, "units": lambda name, _: name == "norm"}),
     ("fsdp", 1, {}),
 ]
 
