@@ -18,13 +18,16 @@ have no `trainer` and `module` arguments). Parameters may lie anywhere in it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..strategies.errors import ConfigError
+from . import hparams
 from .config import resolve_peers
 
 if TYPE_CHECKING:
@@ -66,6 +69,7 @@ class TrainingModule(nn.Module):
     _trainer: Trainer | None = None
     _metrics: Metrics | None = None
     _defaults: tuple[bool, bool] = (True, False)  # (on_step, on_epoch) of `log` in the hook that runs
+    _untoggled: list[tuple[nn.Parameter, bool]] | None = None  # while toggle_optimizer holds: what needed a gradient before
     _log_suffix: str = ""  # behind every logged name: which of several loaders is evaluated
 
     # -- what you write -----------------------------------------------------------------------------------------------
@@ -192,6 +196,18 @@ class TrainingModule(nn.Module):
     def global_rank(self) -> int:
         return self.trainer.world.rank
 
+    @property
+    def local_rank(self) -> int:
+        return self.trainer.world.local_rank
+
+    @property
+    def logger(self) -> Any:
+        return self.trainer.logger
+
+    @property
+    def loggers(self) -> Sequence[Any]:
+        return self.trainer.loggers
+
     def log(
         self,
         name: str,
@@ -236,6 +252,42 @@ class TrainingModule(nn.Module):
             weight=batch_size,
         )
 
+    def save_hyperparameters(self, *names: Any, ignore: str | Sequence[str] = (), **peers: Any) -> None:
+        """Keep the arguments of `__init__` as `self.hparams`, in checkpoints, in config.yaml and for the loggers.
+
+        Args:
+            names: which of them, all by default; or one dict (or namespace) that is kept instead.
+            ignore: which not: what is no plain value, such as a module.
+        `logger` and `frame`, which Lightning has, change nothing.
+        """
+        for name in peers:
+            if name not in ("logger", "frame"):
+                raise ConfigError(f"save_hyperparameters has no argument {name!r}. Known: names, ignore.")
+        if len(names) == 1 and not isinstance(names[0], str):
+            found, names = (names[0] if isinstance(names[0], Mapping) else vars(names[0])), ()
+        else:
+            frame = inspect.currentframe()
+            found = hparams.init_arguments(self, frame and frame.f_back)
+        self.hparams.update(hparams.chosen(found, names, [ignore] if isinstance(ignore, str) else ignore))
+
+    @property
+    def hparams(self) -> hparams.Hyperparameters:
+        """What `save_hyperparameters` kept; items are attributes too."""
+        return self.__dict__.setdefault("_hparams", hparams.Hyperparameters())
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *, strict: bool = True, **arguments: Any) -> Self:
+        """Make this module again from a checkpoint (or a run's newest), with its saved hyperparameters and its weights.
+
+        Args:
+            arguments: of `__init__`, in place of the saved ones or where none was saved.
+        Raises:
+            CheckpointError: there is none, it is damaged, or it is of another model.
+            ConfigError: an argument without a value.
+        """
+        with hparams.open_checkpoint(checkpoint_path) as checkpoint:
+            return hparams.rebuild(cls, checkpoint, arguments, strict=strict)
+
     def log_dict(self, values: Mapping[str, Any], **options: Any) -> None:
         """`log` each of `values` with the same options."""
         for name, value in values.items():
@@ -245,6 +297,22 @@ class TrainingModule(nn.Module):
         """Return the prepared optimizer, or the list of them in the order of `configure_optimizers`."""
         optimizers = list(self.trainer.accelerator.optimizers.values())
         return optimizers[0] if len(optimizers) == 1 else optimizers
+
+    def toggle_optimizer(self, optimizer: Any) -> None:
+        """Let only the parameters of `optimizer` take gradients, until `untoggle_optimizer`: a GAN's other half stays out."""
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if self._untoggled is not None:
+            raise ConfigError("toggle_optimizer was called twice. Call untoggle_optimizer(optimizer) before the next one.")
+        held = {p for o in self.trainer.accelerator.optimizers.values() for p in o.parameters}
+        self._untoggled = [(p, p.requires_grad) for p in held]
+        for p in held:
+            p.requires_grad_(p.requires_grad and id(p) in own)
+
+    def untoggle_optimizer(self, optimizer: Any) -> None:
+        """Undo `toggle_optimizer`."""
+        for p, required in self._untoggled or ():
+            p.requires_grad_(required)
+        self._untoggled = None
 
     def lr_schedulers(self) -> Any:
         """Return the scheduler, the list of them, or None."""

@@ -18,6 +18,7 @@ from . import state as run_state
 from .boundary import EPOCH, Boundary
 from .defaults import make_accelerator
 from .facts import Facts
+from .hparams import plain
 from .launch.script import ensure_ranks
 from .rollback import RollBack, RollsBack
 from .running_values import RunningValues
@@ -449,6 +450,7 @@ class Runtime(RollsBack, Facts):
                 "precision": self.precision.name,
                 "data_shards": self.strategy.data_shard[1],
             },
+            "hparams": plain(self.module),
             "is_best": any(getattr(c, "is_best", False) for c in self.callbacks),
             **saving.meta,
         }

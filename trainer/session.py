@@ -20,6 +20,7 @@ from ..strategies.environment import read_job
 from ..strategies.errors import CheckpointError, ConfigError
 from . import defaults, run_data
 from . import state as run_state
+from .hparams import plain
 from .loops.evaluate import evaluate, predict
 from .loops.train import TrainLoop
 from .metrics import Metrics
@@ -277,11 +278,13 @@ class Session:
         trainer = self.trainer
         folder = trainer.run_folder
         assert folder is not None
+        kept = plain(trainer.module)
+        config = trainer.config | ({"hparams": kept} if kept else {})
         if defaults.writes(trainer) and trainer.world.is_main:
-            write_config(folder.path, trainer.config | {"resume": self._resume_asked} | defaults.resolved(trainer))
+            write_config(folder.path, config | {"resume": self._resume_asked} | defaults.resolved(trainer))
         goes_on = folder.resume_from is not None and folder.resume_from.parent.parent == folder.path
         trainer.tracking.start(
-            RunInfo(folder.name, folder.id, folder.path, trainer.config, resumed=goes_on, step=trainer.progress.global_step)
+            RunInfo(folder.name, folder.id, folder.path, config, resumed=goes_on, step=trainer.progress.global_step)
         )
 
     def _sanity_check(self) -> None:

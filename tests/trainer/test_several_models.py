@@ -221,3 +221,42 @@ def test_named_children_train_as_in_a_plain_loop(window: int, size: int, ranks: 
     for found in ranks(size, by_named, window, size, tmp_path):
         for name, weight in module.named_parameters():
             torch.testing.assert_close(found[name], weight.detach(), rtol=1e-10, atol=1e-12)
+
+
+class Toggling(TrainingModule):
+    """Each loss reaches both halves; only the toggled half may take its gradient."""
+
+    automatic_optimization = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.a, self.b = nn.Linear(1, 2), nn.Linear(2, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer, half, other in zip(self.optimizers(), (self.a, self.b), (self.b, self.a), strict=True):
+            optimizer.zero_grad()
+            self.toggle_optimizer(optimizer)
+            self.manual_backward(self.b(self.a(batch[0])).pow(2).mean())
+            assert all(p.grad is not None for p in half.parameters())
+            assert not any(p.requires_grad for p in other.parameters())
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+            assert all(p.requires_grad for p in self.parameters())
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(half.parameters(), lr=0.01) for half in (self.a, self.b)]
+
+
+def toggled(root: Path) -> list[list[float]]:
+    module = Toggling()
+    trainer = Trainer(root=root, max_epochs=2, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    data = TensorDataset(torch.arange(8.0).reshape(8, 1) / 8)
+    trainer.fit(module, DataLoader(data, batch_size=4 // trainer.world.size))
+    return [p.flatten().tolist() for p in module.parameters()]
+
+
+def test_a_toggled_optimizer_trains_alone_and_the_same_on_two_ranks(ranks: Any, tmp_path: Path) -> None:
+    one = toggled(tmp_path)
+    for rank in ranks(2, toggled, tmp_path):
+        assert [pytest.approx(p, abs=1e-6) for p in one] == rank
