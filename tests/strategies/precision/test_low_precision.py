@@ -80,19 +80,32 @@ def test_a_checkpoint_holds_plain_tensors_under_the_names_of_the_model(name: str
     json.loads((run.checkpoints[1] / "manifest.json").read_text())
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # torch's own, of any module whose step returns a view
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", DDP)
-def test_two_ranks_train_near_one_and_hold_the_same_weights(name: str, ranks: Any, tmp_path: Path) -> None:
+def test_two_ranks_train_near_one_and_resume_bit_for_bit(name: str, strategy: str, ranks: Any, tmp_path: Path) -> None:
     """Each rank scales by its own half of the batch, so the losses are near, not equal: the limit is that against bf16."""
-    single = train(name, tmp_path / "single", steps=10)
+    single = train(name, tmp_path / "single", steps=8)
 
-    def one_rank() -> tuple[list[float], float]:
-        run = train(name, tmp_path / "ddp", steps=10, batch_size=4)
-        return run.losses, float(sum(w.double().abs().sum() for w in run.weights.values()))
+    def one_rank() -> tuple[list[float], list[float]]:
+        run = train(name, tmp_path / "two", steps=8, batch_size=4, strategy=strategy, save_every=4)
+        resumed = train(name, tmp_path / "resumed", steps=8, batch_size=4, strategy=strategy, resume=run.checkpoints[4])
+        return run.losses, resumed.losses
 
-    (first, sum_first), (second, sum_second) = ranks(2, one_rank, timeout=120)
-    assert sum_first == sum_second
+    (first, resumed_first), (second, resumed_second) = ranks(2, one_rank, timeout=120)
+    assert (resumed_first, resumed_second) == (first[4:], second[4:])
     mean = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
     assert max(abs(a - b) for a, b in zip(mean, single.losses, strict=True)) < TOLERANCE[name]
+
+
+@pytest.mark.parametrize("name", DDP)
+def test_two_ranks_of_ddp_hold_the_same_weights(name: str, ranks: Any, tmp_path: Path) -> None:
+    def one_rank() -> float:
+        run = train(name, tmp_path, steps=4, batch_size=4)
+        return float(sum(w.double().abs().sum() for w in run.weights.values()))
+
+    first, second = ranks(2, one_rank)
+    assert first == second
 
 
 def test_int8_weights_are_refused_on_several_processes(ranks: Any, tmp_path: Path) -> None:
