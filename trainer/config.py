@@ -36,6 +36,44 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     },
     "log": {"reduce_fx": "reduce", "sync_dist": "sync"},
 }
+# What the peers have as an argument and what is elsewhere here: class -> their name -> where. Their "not given" is accepted.
+_LOADER = "Give it to dataloader_config=DataLoaderConfiguration(...)."
+ELSEWHERE: Mapping[str, Mapping[str, str]] = {
+    "Accelerator": {
+        "kwargs_handlers": "Options belong to the object that they are of: strategy=DDPStrategy(...), precision=FP16Mixed(...).",
+        "gradient_accumulation_plugin": "Write gradient_accumulation_steps=n; the last window of an epoch always steps.",
+        "fsdp_plugin": "Write strategy='fsdp', or strategy=FSDPStrategy(...) with its options.",
+        "dynamo_backend": "Compile the model yourself before prepare: model.compile().",
+        "dynamo_plugin": "Compile the model yourself before prepare: model.compile().",
+        "device_placement": "Prepared objects are always on accelerator.device; keep the others out of prepare.",
+        "rng_types": "The order of the data is made from (seed, epoch), the same on all ranks.",
+        "split_batches": _LOADER,
+        "dispatch_batches": _LOADER,
+        "even_batches": _LOADER,
+        "use_seedable_sampler": _LOADER,
+    },
+    "Trainer": {
+        "sync_batchnorm": "Write strategy=DDPStrategy(sync_batchnorm=True).",
+        "detect_anomaly": "Call torch.autograd.set_detect_anomaly(True) before fit.",
+        "benchmark": "Set torch.backends.cudnn.benchmark = True before fit.",
+        "profiler": "Profile in a callback, or around your loop with Accelerator.profile.",
+        "plugins": "Give the object itself: strategy=, precision=.",
+        "use_distributed_sampler": "Ranks always divide the data. A loader that is divided already: "
+        "dataloader_config=DataLoaderConfiguration(already_sharded=True).",
+        "reload_dataloaders_every_n_epochs": "The order is new in each epoch; let the data set change itself in set_epoch.",
+        "barebones": "Switch off what you do not want: enable_progress_bar, enable_checkpointing, enable_model_summary.",
+        "min_epochs": "EarlyStopping is what stops early: let it be patient enough.",
+        "min_steps": "EarlyStopping is what stops early: let it be patient enough.",
+        "gpus": "Write device='cuda', devices=n.",
+    },
+    "log": {"logger": "Every value goes to all loggers.", "rank_zero_only": "Write sync=False: rank 0's value is shown."},
+}
+_NOT_GIVEN: Mapping[str, Any] = {
+    "device_placement": True,
+    "dynamo_backend": "no",
+    "use_distributed_sampler": True,
+    "logger": True,
+}
 
 
 def resolve_peers(cls: Callable[..., Any], name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,6 +86,11 @@ def resolve_peers(cls: Callable[..., Any], name: str, given: Mapping[str, Any]) 
     resolved: dict[str, Any] = {}
     for key, value in given.items():
         ours = aliases.get(key)
+        elsewhere = ELSEWHERE[name].get(key)
+        if elsewhere is not None:
+            if value is None or value is False or value in ((), [], 0, _NOT_GIVEN.get(key)):
+                continue
+            raise UnknownName(f"{name} has no argument {key!r} (got {value!r:.60}). {elsewhere}")
         if ours is None:
             known = [p for p in inspect.signature(cls).parameters if p not in ("self", "peers")]
             raise UnknownName(f"{name} has no argument {key!r}.{suggest(key, [*known, *aliases])} Known: {', '.join(known)}.")

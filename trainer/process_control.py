@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from ..strategies.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ..strategies.base import Strategy
+    from ..strategies.precision.base import Precision
     from ..strategies.world import World
 
 __all__ = ["ProcessControl"]
@@ -25,6 +28,8 @@ class ProcessControl:
     """Process facts, barriers, and decorators that run a function on some ranks only."""
 
     world: World
+    strategy: Strategy
+    precision: Precision
     _triggered: bool = False
 
     @property
@@ -58,6 +63,36 @@ class ProcessControl:
     @property
     def use_distributed(self) -> bool:
         return self.world.size > 1
+
+    @property
+    def state(self) -> Self:
+        """This object: what Accelerate's state holds is here."""
+        return self
+
+    @property
+    def distributed_type(self) -> str:
+        """ "NO", "FSDP", "DEEPSPEED", or "MULTI_CPU", "MULTI_GPU", ...: equal to Accelerate's DistributedType of that name."""
+        if self.world.size == 1:
+            return "NO"
+        by_name = {"fsdp": "FSDP", "hsdp": "FSDP", "deepspeed": "DEEPSPEED"}
+        kind = self.device.type
+        return by_name.get(self.strategy.name, f"MULTI_{'GPU' if kind == 'cuda' else kind.upper()}")
+
+    @property
+    def mixed_precision(self) -> str:
+        """ "no", "bf16", "fp16" or "fp8", as Accelerate says it; `precision.name` is exact."""
+        word, _, kind = self.precision.name.partition("-")
+        return word if kind == "mixed" or word == "fp8" else "no"
+
+    def save(self, obj: Any, f: str | Path, *, save_on_each_node: bool = False, safe_serialization: bool = False) -> None:
+        """Write `obj` on the main process (or on that of each machine) by torch.save; a dict of tensors as safetensors."""
+        if self.is_local_main_process if save_on_each_node else self.is_main_process:
+            if safe_serialization:
+                from safetensors.torch import save_file
+
+                save_file(obj, f, metadata={"format": "pt"})
+            else:
+                torch.save(obj, f)
 
     def wait_for_everyone(self) -> None:
         """Return when every process has come here."""

@@ -80,9 +80,14 @@ class Trackers:
             plain = {k: float(v.detach()) if isinstance(v, Tensor) else v for k, v in values.items()}
             self._tracking.log(plain, self._logged_steps)
 
+    @property
+    def trackers(self) -> list[Logger]:
+        """What init_trackers started."""
+        return [] if self._tracking is None else self._tracking.loggers
+
     def get_tracker(self, name: str, unwrap: bool = False) -> Any:
         """Return the tracker called `name`; with `unwrap`, the object that it drives (wandb's run, a SummaryWriter)."""
-        loggers = {} if self._tracking is None else {logger.name: logger for logger in self._tracking.loggers}
+        loggers = {logger.name: logger for logger in self.trackers}
         if name not in loggers:
             raise unknown_name("tracker", name, loggers or ["(none: init_trackers was not called)"])
         logger = loggers[name]

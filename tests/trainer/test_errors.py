@@ -488,3 +488,18 @@ def test_a_script_with_wrong_use_ends_with_code_2_and_one_paragraph(what: str, w
     assert "Traceback" not in done.stderr
     assert "train.py" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (Trainer, {"sync_batchnorm": True}, "DDPStrategy(sync_batchnorm=True)"),
+        (Trainer, {"reload_dataloaders_every_n_epochs": 1}, "set_epoch"),
+        (Accelerator, {"kwargs_handlers": [object()]}, "strategy=DDPStrategy(...)"),
+        (Accelerator, {"split_batches": True}, "dataloader_config=DataLoaderConfiguration(...)"),
+    ],
+)
+def test_a_peers_argument_that_is_elsewhere_here_says_where(make: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnknownName, match=re.escape(words)):
+        make(**options)
+    make(**dict.fromkeys(options))  # their "not given"

@@ -140,3 +140,17 @@ def test_print_comes_from_the_main_process_only(ranks: Any, tmp_path: Path) -> N
 
     ranks(2, say)
     assert [(tmp_path / name).read_text() for name in "01"] == ["hello\n", ""]
+
+
+def test_what_accelerates_state_is_asked_for(tmp_path: Path) -> None:
+    accelerator = Accelerator(mixed_precision="bf16")
+    assert accelerator.state.num_processes == 1
+    assert (accelerator.distributed_type, accelerator.mixed_precision, Accelerator().mixed_precision) == ("NO", "bf16", "no")
+    accelerator.save({"a": torch.ones(2)}, tmp_path / "a.safetensors", safe_serialization=True)
+    accelerator.save([1, 2], tmp_path / "b.pt")
+    assert (tmp_path / "a.safetensors").exists()
+    assert torch.load(tmp_path / "b.pt", weights_only=True) == [1, 2]
+
+
+def test_two_ranks_are_distributed(ranks: Any) -> None:
+    assert ranks(2, lambda: Accelerator().distributed_type) == ["MULTI_CPU"] * 2
