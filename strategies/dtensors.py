@@ -74,7 +74,11 @@ def norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
 
 def finite(grads: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup | None) -> bool:
     """Return whether all gradients of all ranks of `group` are finite. Collective: one number."""
-    own = gradients.all_finite([g for g in map(local, grads) if g.numel()])
+    try:
+        pieces: list[Tensor] = [g._local_tensor for g in grads]  # pyright: ignore[reportAttributeAccessIssue]  no call a gradient
+    except AttributeError:  # some are whole
+        pieces = [local(g) for g in grads]
+    own = gradients.all_finite(pieces)
     if group is None:
         return own
     flag = torch.tensor(float(own), device=device)

@@ -331,10 +331,9 @@ class FSDPStrategy(Strategy):
                 if not sharded.depth:
                     sharded.root.reset_iter_state()
             raise
-        if (group := self.mesh.group("batch")) is not None:
-            for sharded in self._sharded.values():
-                if sharded.whole and sharded.syncing:
-                    sharded.average_whole(group, self.mesh.size("batch"))
+        for sharded in self._sharded.values():
+            if sharded.whole and sharded.syncing and (group := self.mesh.group("batch")) is not None:
+                sharded.average_whole(group, self.mesh.size("batch"))
 
     def manual_backward(self, loss: Tensor, **kwargs: Any) -> None:
         """The same inside of a step, which may go on to use the root's parameters: they are gathered again."""
@@ -436,9 +435,9 @@ class FSDPStrategy(Strategy):
             parameters = list(sharded.model.parameters())
             total, here = _bytes(parameters), _bytes([dtensors.local(p) for p in parameters])
             trained = [p for p in parameters if p.requires_grad]
-            rows.append((f"{prefix}parameters", f"{here:,} of {total:,} bytes on this rank"))
+            rows.append((f"{prefix}parameters held", f"{here:,} of {total:,} bytes on this rank"))
             rows.append(
-                (f"{prefix}gradients", f"{_bytes(map(dtensors.local, trained)):,} of {_bytes(trained):,} bytes on this rank")
+                (f"{prefix}gradients held", f"{_bytes(map(dtensors.local, trained)):,} of {_bytes(trained):,} bytes on this rank")
             )
         return rows
 

@@ -4,7 +4,8 @@
     cut_up(...)                     unit by unit: values, device, rank 0's values, fully_shard; never more than a unit is whole
     run_as_forward(method)          a step between torch's hooks around a forward
 The module stays the user's own object under its own names; its class gains FSDPModule, its parameters become DTensors.
-It stands on these names of torch that are not documented: `_non_persistent_buffers_set` of nn.Module.
+It stands on these names of torch that are not documented: `_non_persistent_buffers_set` of nn.Module; FSDPModule._get_fsdp_state,
+FSDPState._fsdp_param_groups and FSDPParamGroup._sharded_state; tests/strategies/test_fsdp.py pins them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 from torch.distributed.tensor import DTensor
 
 from . import gradients, materialize
 from .errors import ConfigError, suggest
 from .replica import broadcast_buffers_
+
+_CUT_UP = ShardedState.SHARDED
 
 __all__ = ["Sharded", "check_model", "persistent_buffers"]
 
@@ -49,6 +53,7 @@ class Sharded:
         self.depth = 0
         self.syncing = True
         self.warm = False
+        self._root_groups: list[Any] = []
         self.whole = self._held_whole(ignored)
 
     @property
@@ -129,6 +134,7 @@ class Sharded:
             self.modules.append(module)
 
         materialize.walk(model, visit, leave)
+        self._root_groups = self.root._get_fsdp_state()._fsdp_param_groups
         for buffer in model.buffers():
             buffer.data = buffer.data.to(self.device)
         if group is not None:
@@ -237,8 +243,10 @@ class Sharded:
             grad.copy_(mean.view(grad.shape))
 
     def renew(self) -> None:
-        """Free what is gathered; inside of a step, gather the root's parameters again: the step may go on to use them."""
-        self.root.reshard()
+        """Free the root's parameters; inside of a step, gather them again: the step may go on to use them."""
+        for group in self._root_groups:
+            if group._sharded_state is not _CUT_UP:  # asked here, for it is asked at every step, and hardly ever so
+                self.root.reshard()
         if self.depth:
             self.root.unshard()
 

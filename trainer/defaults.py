@@ -110,6 +110,7 @@ def announce(trainer: Trainer) -> None:
     items = [
         ("device", str(trainer.world.device), f"{ranks} process{'es' if ranks > 1 else ''}; {trainer.world.device_reason}"),
         ("strategy", trainer.strategy.name, accelerator.strategy_reason),
+        *((what, how, "") for what, how in trainer.strategy.explain() if what not in ("strategy", "processes")),
         ("precision", trainer.precision.name, "; ".join(n for n in (asked, trainer.precision.explain()) if n)),
         ("batch", batch, f"{window.size} micro-batch{'es' if window.size > 1 else ''} x {ranks} rank{'s' if ranks > 1 else ''}"),
         ("parameters", f"{parameters:,}", ""),

@@ -391,7 +391,7 @@ def test_a_model_on_the_meta_device_gets_the_values_that_it_would_have_had(ranks
             assert torch.equal(weights[key], value)
         explained = dict(rows)
         assert explained["units"] == "4 x Sequential, root"
-        assert explained["parameters"].endswith(f"of {total:,} bytes on this rank")
+        assert explained["parameters held"].endswith(f"of {total:,} bytes on this rank")
         assert held <= 1.1 * total / 4
 
 
