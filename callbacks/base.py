@@ -102,6 +102,8 @@ class TrainerView(Protocol):
     leaving: int  # flags of strategies/control.py: why the run leaves; 0 while it does not
 
     @property
+    def num_val_batches(self) -> Sequence[float]: ...  # of each validation loader; none: nothing is validated in this run
+    @property
     def nonfinite_steps(self) -> int: ...  # steps left out because a gradient was NaN or Inf
     def leave_out_above(self, limit: float | None) -> None: ...  # steps with a micro-batch whose mean loss is above it
     def abort(self, error: BaseException) -> NoReturn: ...  # now, from any thread

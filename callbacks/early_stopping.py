@@ -101,8 +101,9 @@ class EarlyStopping(Callback):
     def on_train_epoch_end(self, trainer: TrainerView, module: nn.Module) -> None:
         if self._at_train_epoch_end is None and monitored(trainer.metrics, self.monitor) is not None:
             self._at_train_epoch_end = True
-        # Before the first validation nobody can know whether the name will come with it.
-        if self._at_train_epoch_end or (self._at_train_epoch_end is None and self._validated):
+        # Before the first validation nobody can know whether the name will come with it, unless there will be none.
+        validated = self._validated or not trainer.num_val_batches
+        if self._at_train_epoch_end or (self._at_train_epoch_end is None and validated):
             self._look(trainer)
 
     def _look(self, trainer: TrainerView) -> None:

@@ -42,6 +42,7 @@ class View:
     max_steps: int | None = None
     max_epochs: int | None = None
     num_training_batches: int | None = None
+    num_val_batches: list[float] = field(default_factory=lambda: [1])
     log_every_n_steps: int = 10
     val_loaders: Any = None
     stopped: list[str] = field(default_factory=list)

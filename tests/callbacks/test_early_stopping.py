@@ -106,3 +106,11 @@ def test_a_metric_logged_for_steps_and_epochs_is_found_under_its_plain_name() ->
     assert monitored({"x_step": 1.0}, "x") == 1.0
     assert monitored({"x": 0.0, "x_epoch": 2.0}, "x") == 0.0
     assert monitored({}, "x") is None
+
+
+def test_a_metric_that_no_validation_will_bring_is_refused_at_the_first_epochs_end(view: Any) -> None:
+    """There are no validation data: the callback would wait for ever, and the training never stop early."""
+    view.num_val_batches = []
+    view.metrics = {"train_loss_epoch": 1.0}
+    with pytest.raises(UnknownName, match="val_loss"):
+        EarlyStopping("val_loss").on_train_epoch_end(view, None)  # pyright: ignore[reportArgumentType]
