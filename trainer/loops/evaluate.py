@@ -5,6 +5,7 @@ The module's own step runs, not a wrapper of it: no buffer is broadcast, so rank
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...strategies.errors import DataError
+from ...strategies.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from ..data.loader import Loader
@@ -35,6 +36,7 @@ def evaluate(
     """
     module, hooks, accelerator = trainer.module, trainer.hooks, trainer.accelerator
     step: Callable[..., Any] = getattr(module, f"{stage}_step")
+    _check_arguments(step, type(module).__name__, len(loaders) > 1)
     batch_start, batch_end = getattr(hooks, f"on_{stage}_batch_start"), getattr(hooks, f"on_{stage}_batch_end")
     for strategy in (accelerator.strategy, *accelerator.strategies.values()):
         strategy.sync_buffers(accelerator.prepared_models.values())
@@ -90,6 +92,7 @@ def predict(trainer: Trainer, loaders: Mapping[str, Loader]) -> list[Any]:
     Batches that are only padding on this rank are left out.
     """
     module, hooks, accelerator = trainer.module, trainer.hooks, trainer.accelerator
+    _check_arguments(module.predict_step, type(module).__name__, len(loaders) > 1)
     results: list[list[Any]] = []
     seen = 0
     with _Evaluating(trainer, None, True):
@@ -138,6 +141,27 @@ class _Evaluating:
             module.training = training
         self.trainer.log_into(*self.before)
         self.trainer.log_suffix = ""
+
+
+def _check_arguments(step: Callable[..., Any], owner: str, several: bool) -> None:
+    """Refuse a step that does not take what it will be given: dataloader_idx is passed where there are several loaders.
+
+    Raises:
+        ConfigError: naming the step.
+    """
+    try:
+        inspect.signature(step).bind(None, 0, *((0,) if several else ()))
+    except TypeError:
+        name = getattr(step, "__name__", "step")
+        why = (
+            "there are several loaders, and it is given dataloader_idx"
+            if several
+            else "with one loader no dataloader_idx is given"
+        )
+        raise ConfigError(
+            f"{owner}.{name}{inspect.signature(step)} cannot be called: {why}. "
+            f"Write {name}(self, batch, batch_idx{', dataloader_idx=0' if several else ''})."
+        ) from None
 
 
 def _autocast(accelerator: Any) -> Any:
