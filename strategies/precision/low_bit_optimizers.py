@@ -7,6 +7,12 @@ The arithmetic and the formats are torchao's. Its own classes keep the state in 
 a tensor, and compile their step always, which takes a minute on a CPU. Here the state is plain tensors (`exp_avg.codes`,
 `exp_avg.scale`), so it is saved like any other, schedulers find a number, and the step is compiled only where that pays.
 Works with any precision, `single` and `ddp`.
+
+A second moment of few bits becomes 0 where it is far below the largest of its block (for float8 a 4e-6 of it), and the first
+moment does not: a row of an embedding table whose token is rare is then divided by eps alone. With "fp8" and an eps of 1e-8 the
+tables of the demo GPT grew to 200 within 120 steps (torchao's own AdamWFp8 did the same), and its loss to 2e7 within 200. So eps
+is 1e-5 for "fp8", and embedding tables are best kept in a group of their own, with fp32 state:
+    LowBitAdamW([{"params": tables, "bits": 32}, {"params": others}], lr=1e-3)
 Source: torchao.optim (0.18); Dettmers et al. 2022, arXiv:2110.02861; Li et al. 2023, arXiv:2309.01507.
 """
 
@@ -29,6 +35,7 @@ _FORMATS: Mapping[int | str, tuple[str, str, int, bool]] = {
     8: ("optim.subclass_8bit", "OptimState8bit", 256, True),
     4: ("optim.subclass_4bit", "OptimState4bit", 128, True),
     "fp8": ("optim.subclass_fp8", "OptimStateFp8", 256, False),
+    32: ("", "", 256, False),  # plain fp32
 }
 _SMALLEST = 4096  # numbers: smaller tensors keep fp32 state, as in bitsandbytes and torchao
 _WANTED_BY = "LowBitAdamW"
@@ -38,7 +45,8 @@ class LowBitAdamW(Optimizer):
     """AdamW with low-bit moments.
 
     Args:
-        bits: 8, 4 or "fp8".
+        eps: by default 1e-8, and 1e-5 for "fp8" (see above).
+        bits: 8, 4, "fp8" or 32 (fp32 state); a parameter group may say its own.
         block_size: how many numbers share a scale; by default 256, for 4 bits 128.
         compile: whether torch.compile makes one kernel of each tensor's step. None: on accelerators.
         bf16_stochastic_round: round updates of bf16 weights at random, so that small ones are not lost on average.
@@ -49,7 +57,7 @@ class LowBitAdamW(Optimizer):
         params: Any,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        eps: float | None = None,
         weight_decay: float = 1e-2,
         *,
         bits: int | str = 8,
@@ -57,17 +65,22 @@ class LowBitAdamW(Optimizer):
         compile: bool | None = None,
         bf16_stochastic_round: bool = False,
     ) -> None:
-        if bits not in _FORMATS:
-            raise ConfigError(f"bits={bits!r} is no format of LowBitAdamW. Use one of {', '.join(map(repr, _FORMATS))}.")
-        module, name, block, self._has_sign = _FORMATS[bits]
-        self._state_class: Any = getattr(_torchao.load(module, wanted_by=_WANTED_BY), name)
         self._update: Callable[..., None] = _torchao.load("optim.adam", wanted_by=_WANTED_BY).single_param_adam
         self._compiled: Callable[..., None] | None = None
         self._compile = compile
-        self.block_size = block_size if block_size is not None else block
+        self.block_size = block_size
         self.bf16_stochastic_round = bf16_stochastic_round
+        if eps is None:
+            eps = 1e-5 if bits == "fp8" else 1e-8
         self._held: dict[tuple[Tensor, str], Any] = {}  # torchao's tensors around our plain ones
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bits": bits})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with `bits` of its own or those of the optimizer."""
+        bits = param_group.get("bits", self.defaults["bits"])
+        if bits not in _FORMATS:
+            raise ConfigError(f"bits={bits!r} is no format of LowBitAdamW. Use one of {', '.join(map(repr, _FORMATS))}.")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -83,7 +96,7 @@ class LowBitAdamW(Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    self._start(p, state)
+                    self._start(p, state, group["bits"])
                 state["step"] += 1
                 rate = torch.tensor(float(group["lr"]), device=p.device)
                 # (p, grad, step, exp_avg, exp_avg_sq, max_exp_avg_sq, lr, beta1, beta2, weight_decay, eps, IS_ADAMW, ...)
@@ -91,8 +104,8 @@ class LowBitAdamW(Optimizer):
                     p.detach(),
                     p.grad,
                     state["step"],
-                    self._moment(p, state, "exp_avg"),
-                    self._moment(p, state, "exp_avg_sq"),
+                    self._moment(p, state, "exp_avg", group["bits"]),
+                    self._moment(p, state, "exp_avg_sq", group["bits"]),
                     None,
                     rate,
                     beta_1,
@@ -111,7 +124,7 @@ class LowBitAdamW(Optimizer):
             self._compiled = torch.compile(self._update, fullgraph=True, dynamic=False)
         return self._compiled
 
-    def _start(self, p: Tensor, state: dict[str, Any]) -> None:
+    def _start(self, p: Tensor, state: dict[str, Any], bits: int | str) -> None:
         if hasattr(p, "device_mesh"):
             raise ConfigError("LowBitAdamW steps whole parameters, and these are sharded. Use it under 'single' or 'ddp'.")
         if p.grad is not None and p.grad.is_sparse:
@@ -120,27 +133,33 @@ class LowBitAdamW(Optimizer):
             )
         state["step"] = torch.tensor(0.0)
         for name in ("exp_avg", "exp_avg_sq"):
-            if p.numel() >= _SMALLEST and p.numel() % self.block_size == 0:
-                zeros = self._zeros(p, name)
+            if bits != 32 and p.numel() >= _SMALLEST and p.numel() % self._block(bits) == 0:
+                zeros = self._zeros(p, name, bits)
                 state[f"{name}.codes"], state[f"{name}.scale"] = zeros.codes, zeros.scale
             else:
                 state[name] = torch.zeros_like(p)
 
-    def _zeros(self, p: Tensor, name: str) -> Any:
-        sign = {"signed": name == "exp_avg"} if self._has_sign else {}
-        return self._state_class.zeros(p.shape, block_size=self.block_size, device=p.device, dtype=p.dtype, **sign)
+    def _block(self, bits: int | str) -> int:
+        return self.block_size if self.block_size is not None else _FORMATS[bits][2]
 
-    def _moment(self, p: Tensor, state: dict[str, Any], name: str) -> Any:
+    def _zeros(self, p: Tensor, name: str, bits: int | str) -> Any:
+        """Return torchao's tensor for one moment of `p`."""
+        module, state_class, _, has_sign = _FORMATS[bits]
+        made: Any = getattr(_torchao.load(module, wanted_by=_WANTED_BY), state_class)
+        sign = {"signed": name == "exp_avg"} if has_sign else {}
+        return made.zeros(p.shape, block_size=self._block(bits), device=p.device, dtype=p.dtype, **sign)
+
+    def _moment(self, p: Tensor, state: dict[str, Any], name: str, bits: int | str) -> Any:
         """Return a moment as torchao's function takes it: around the plain tensors of `state`, which it writes into."""
         codes = state.get(f"{name}.codes")
         if codes is None:
             return state[name]
         held = self._held.get((p, name))
         if held is None or held.codes is not codes:  # the first step, or a state that was loaded
-            made = self._zeros(p, name)
+            made = self._zeros(p, name, bits)
             names, context = made.__tensor_flatten__()
             parts = {n: getattr(made, n) for n in names} | {"codes": codes, "scale": state[f"{name}.scale"]}
-            held = self._held[p, name] = self._state_class.__tensor_unflatten__(parts, context)
+            held = self._held[p, name] = type(made).__tensor_unflatten__(parts, context)
         return held
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

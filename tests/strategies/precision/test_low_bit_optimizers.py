@@ -88,6 +88,31 @@ def test_it_computes_what_the_class_of_torchao_does() -> None:
     assert torch.equal(model.weight, other.weight)
 
 
+@pytest.mark.parametrize(
+    ("bits", "eps", "bounded"), [(32, None, True), ("fp8", None, True), ("fp8", 1e-8, False), (8, None, False)]
+)
+def test_a_rare_row_of_an_embedding_needs_a_larger_eps_or_fp32_state(bits: int | str, eps: float | None, bounded: bool) -> None:
+    """Beside a frequent row its second moment is rounded to 0; once it has no gradient, only eps is left to divide by."""
+    weight = nn.Parameter(torch.zeros(64, 64))
+    optimizer = LowBitAdamW([weight], lr=1.0, weight_decay=0.0, bits=bits, eps=eps)
+    weight.grad = torch.ones(64, 64)
+    weight.grad[1] = 1e-4
+    optimizer.step()
+    before = weight[1].detach().clone()
+    weight.grad[1] = 0.0
+    optimizer.step()
+    assert ((weight[1] - before).abs().max().item() < 10) == bounded  # in units of the learning rate; unbounded, thousands
+
+
+def test_a_group_may_have_bits_of_its_own() -> None:
+    tables, others = nn.Embedding(128, 64), nn.Linear(64, 64)
+    optimizer = LowBitAdamW([{"params": tables.parameters(), "bits": 32}, {"params": others.parameters()}])
+    others(tables(torch.arange(8))).sum().backward()
+    optimizer.step()
+    assert set(optimizer.state[tables.weight]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert optimizer.state[others.weight]["exp_avg.codes"].dtype == torch.uint8
+
+
 def test_a_copied_state_goes_on_as_the_original() -> None:
     model, optimizer = stepped(8)
     optimizer.zero_grad()
@@ -113,7 +138,7 @@ def test_two_ranks_train_near_one(ranks: Any, tmp_path: Path) -> None:
 
 
 def test_an_unknown_format_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"bits=2 is no format.*8, 4, 'fp8'"):
+    with pytest.raises(ConfigError, match=r"bits=2 is no format.*8, 4, 'fp8', 32"):
         LowBitAdamW(nn.Linear(2, 2).parameters(), bits=2)
 
 
