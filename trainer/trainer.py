@@ -172,7 +172,6 @@ class Trainer(Runtime):
         dataloaders, datamodule = take_datamodule(dataloaders, datamodule)
         with Session(self, "validate", module, datamodule) as session:
             return [session.evaluate("validation", dataloaders, ckpt_path)]
-        raise AssertionError("unreachable")
 
     def test(
         self,
@@ -186,7 +185,6 @@ class Trainer(Runtime):
         dataloaders, datamodule = take_datamodule(dataloaders, datamodule)
         with Session(self, "test", module, datamodule) as session:
             return [session.evaluate("test", dataloaders, ckpt_path)]
-        raise AssertionError("unreachable")
 
     def predict(
         self,
@@ -200,7 +198,6 @@ class Trainer(Runtime):
         dataloaders, datamodule = take_datamodule(dataloaders, datamodule)
         with Session(self, "predict", module, datamodule) as session:
             return session.predict(dataloaders, ckpt_path)
-        raise AssertionError("unreachable")
 
     def __repr__(self) -> str:
         strategy = self.strategy_asked if isinstance(self.strategy_asked, str) else self.strategy_asked.name

@@ -488,33 +488,3 @@ def test_a_script_with_wrong_use_ends_with_code_2_and_one_paragraph(what: str, w
     assert "Traceback" not in done.stderr
     assert "train.py" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("make", "options", "words"),
-    [
-        (Trainer, {"sync_batchnorm": True}, "DDPStrategy(sync_batchnorm=True)"),
-        (Trainer, {"reload_dataloaders_every_n_epochs": 1}, "set_epoch"),
-        (Accelerator, {"kwargs_handlers": [object()]}, "strategy=DDPStrategy(...)"),
-        (Accelerator, {"split_batches": True}, "dataloader_config=DataLoaderConfiguration(...)"),
-    ],
-)
-def test_a_peers_argument_that_is_elsewhere_here_says_where(make: Any, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(UnknownName, match=re.escape(words)):
-        make(**options)
-    make(**dict.fromkeys(options))  # their "not given"
-
-
-@pytest.mark.parametrize("several", [True, False])
-def test_an_evaluation_step_that_does_not_take_what_it_is_given_is_explained(several: bool, tmp_path: Path) -> None:
-    class Short(Plain):
-        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
-
-    class Long(Plain):
-        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None: ...
-
-    loaders = [loader(), loader()] if several else loader()
-    trainer = Trainer(**QUIET, root=tmp_path)
-    trainer.validate(Long() if several else Short(), loaders)
-    with pytest.raises(ConfigError, match=r"validation_step\(.*dataloader_idx.*Write validation_step\(self, batch, batch_idx"):
-        trainer.validate(Short() if several else Long(), loaders)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from drivetrain import Checkpoint, Trainer, TrainingModule
+from drivetrain import Accelerator, Checkpoint, Trainer, TrainingModule
 from drivetrain.callbacks.early_stopping import EarlyStopping
-from drivetrain.strategies.errors import ConfigError
+from drivetrain.strategies.errors import ConfigError, UnknownName
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -154,3 +155,33 @@ def test_none_means_the_default_where_lightning_writes_it(tmp_path: Path) -> Non
              "gradient_clip_algorithm", "deterministic")  # fmt: skip
     options = Trainer(root=tmp_path, **dict.fromkeys(names)).options  # type: ignore[arg-type]
     assert [options[name] for name in names] == [True, True, True, 2, 50, "norm", False]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (Trainer, {"sync_batchnorm": True}, "DDPStrategy(sync_batchnorm=True)"),
+        (Trainer, {"reload_dataloaders_every_n_epochs": 1}, "set_epoch"),
+        (Accelerator, {"kwargs_handlers": [object()]}, "strategy=DDPStrategy(...)"),
+        (Accelerator, {"split_batches": True}, "dataloader_config=DataLoaderConfiguration(...)"),
+    ],
+)
+def test_a_peers_argument_that_is_elsewhere_here_says_where(make: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnknownName, match=re.escape(words)):
+        make(**options)
+    make(**dict.fromkeys(options))  # their "not given"
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_an_evaluation_step_that_does_not_take_what_it_is_given_is_explained(several: bool, tmp_path: Path) -> None:
+    class Short(Line):
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    class Long(Line):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None: ...  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    loaders = [DataLoader(DATA), DataLoader(DATA)] if several else DataLoader(DATA)
+    trainer = quiet(tmp_path)
+    trainer.validate(Long() if several else Short(), loaders)
+    with pytest.raises(ConfigError, match=r"validation_step\(.*dataloader_idx.*Write validation_step\(self, batch, batch_idx"):
+        trainer.validate(Short() if several else Long(), loaders)

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from drivetrain.callbacks.base import Callback
     from drivetrain.callbacks.checkpoint import Checkpoint
+    from drivetrain.callbacks.early_stopping import EarlyStopping
     from drivetrain.callbacks.health import Health
+    from drivetrain.callbacks.learning_rate import LearningRateMonitor
     from drivetrain.callbacks.loggers.base import Logger
     from drivetrain.callbacks.preemption import Preemption
     from drivetrain.callbacks.watchdog import Watchdog
     from drivetrain.strategies.base import Strategy
+    from drivetrain.strategies.ddp import DDPStrategy
     from drivetrain.strategies.fsdp import FSDPStrategy, HSDPStrategy
     from drivetrain.strategies.mesh import ParallelPlan
     from drivetrain.strategies.precision.base import Precision
@@ -30,10 +33,13 @@ _HOMES = {
     "Accelerator": "drivetrain.trainer.accelerator",
     "Callback": "drivetrain.callbacks.base",
     "Checkpoint": "drivetrain.callbacks.checkpoint",
+    "DDPStrategy": "drivetrain.strategies.ddp",
     "DataLoaderConfiguration": "drivetrain.trainer.data.config",
+    "EarlyStopping": "drivetrain.callbacks.early_stopping",
     "FSDPStrategy": "drivetrain.strategies.fsdp",
     "HSDPStrategy": "drivetrain.strategies.fsdp",
     "Health": "drivetrain.callbacks.health",
+    "LearningRateMonitor": "drivetrain.callbacks.learning_rate",
     "Logger": "drivetrain.callbacks.loggers.base",
     "ParallelPlan": "drivetrain.strategies.mesh",
     "Precision": "drivetrain.strategies.precision.base",
@@ -52,10 +58,13 @@ __all__ = [
     "Accelerator",
     "Callback",
     "Checkpoint",
+    "DDPStrategy",
     "DataLoaderConfiguration",
+    "EarlyStopping",
     "FSDPStrategy",
     "HSDPStrategy",
     "Health",
+    "LearningRateMonitor",
     "Logger",
     "ParallelPlan",
     "Precision",
