@@ -144,7 +144,12 @@ class Strategy:
         if self.inference:
             model.requires_grad_(False)
             model.eval()
-        return self.precision.convert(model).to(self.device)
+        model = self.precision.convert(model).to(self.device)
+        if self.precision.autocast_dtype is not None:
+            from .precision.forward import run_inside
+
+            run_inside(model, self.precision.autocast(self.device), self.device)
+        return model
 
     def adopt(self, optimizer: Optimizer) -> None:
         """Give an `optimizer` that was built before its models were prepared the parameters that they hold now, if others."""

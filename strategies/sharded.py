@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from . import gradients, materialize
 from .errors import ConfigError, suggest
+from .precision.forward import widened
 from .replica import broadcast_buffers_
 
 _CUT_UP = ShardedState.SHARDED
@@ -162,7 +163,7 @@ class Sharded:
         model = self.model
         if context is not None:
             # Where the model is called bare, its gathered 16-bit parameters meet 32-bit inputs.
-            model.forward = _inside(context, model.forward)
+            model.forward = _inside(context, model.forward, self.device.type)
         model.register_forward_pre_hook(self._before_forward, prepend=True)  # before torch's, which gathers
         model.register_forward_hook(self._after_forward)
 
@@ -287,10 +288,12 @@ def persistent_buffers(model: nn.Module) -> Iterable[Tensor]:
                 yield buffer
 
 
-def _inside(context: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+def _inside(context: Any, forward: Callable[..., Any], device_type: str) -> Callable[..., Any]:
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
+        outermost = not torch.is_autocast_enabled(device_type)
         with context:
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
+        return widened(output) if outermost else output
 
     return run
