@@ -110,7 +110,8 @@ def fsync_tree(folder: Path) -> None:
 # -- methods: each fills in what it can measure -----------------------------------------------------------------------------
 def limits(state: dict[str, Tensor], folder: Path, told: dict[str, Any], _: Any) -> None:
     """What the machine itself takes for a warm copy, write + fsync, read, read + crc32 on two threads."""
-    views = [memoryview(t.numpy()).cast("B") for t in state.values() if t.dim()]
+    arrays: list[Any] = [t.numpy() for t in state.values() if t.dim()]
+    views = [memoryview(array).cast("B") for array in arrays]
     path = folder / "plain"
     with timed(told, "write_s"):
         with open(path, "wb", buffering=0) as file:

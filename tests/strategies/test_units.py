@@ -69,7 +69,7 @@ def test_a_block_used_twice_is_one_unit() -> None:
 
 
 def test_what_transformers_models_say_of_themselves_is_used() -> None:
-    model = Model()
+    model: Any = Model()
     model._no_split_modules = ["LayerNorm"]
     assert names(model) == ["blocks.0.norm", "blocks.1.norm", "blocks.2.norm"]
 

@@ -223,8 +223,8 @@ def loader(case: Case, ranks: int) -> DataLoader[Any]:
 
 def whole_weights(net: nn.Module) -> dict[str, Tensor]:
     """All weights; put together where the strategy cut them up."""
-    held = {n: p.detach() for n, p in net.named_parameters()}
-    return {n: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for n, p in held.items()}  # pyright: ignore[reportCallIssue]
+    held: dict[str, Any] = {n: p.detach() for n, p in net.named_parameters()}
+    return {n: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for n, p in held.items()}
 
 
 def by_trainer(case: Case, ranks: int, root: Path, **options: Any) -> Found:
