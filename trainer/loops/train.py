@@ -283,3 +283,5 @@ class TrainLoop:
         trainer.in_window = True
         if trainer.pending_saves:
             trainer.write_pending_saves()
+        if trainer.world.size > 1 or trainer.world.control.requested:  # or a step of the next epoch would be trained
+            trainer.agree()
