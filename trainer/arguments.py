@@ -35,6 +35,7 @@ def check(given: dict[str, Any]) -> dict[str, Any]:
     for name, default in _NONE_MEANS.items():
         if options[name] is None:
             options[name] = default
+    _read_intervals(options)
     # Lightning writes "no limit" as -1 here.
     for name in ("max_epochs", "max_steps"):
         if options[name] == -1:
@@ -86,6 +87,25 @@ def check(given: dict[str, Any]) -> dict[str, Any]:
     options["loggers"] = _loggers(options["loggers"])
     options["root"] = Path(options["root"] or "runs")
     return options
+
+
+def _read_intervals(options: dict[str, Any]) -> None:
+    """Take typed intervals: val_check_interval "500step" or "2ep", max_steps and log_every_n_steps in steps, max_epochs "3ep"."""
+    from ..callbacks.interval import Every
+
+    for name, unit in (("max_steps", "step"), ("log_every_n_steps", "step"), ("max_epochs", "ep"), ("val_check_interval", "")):
+        value = options[name]
+        if not isinstance(value, str) or not any(c.isalpha() for c in value):  # a number in quotes is refused below
+            continue
+        every = Every.parse(value)
+        counter = {"step": "global_step", "ep": "epoch", "": every.counter}[unit]
+        if every.counter != counter or counter not in ("global_step", "epoch"):
+            example = {"step": "'500step'", "ep": "'3ep'", "": "'500step' or '2ep'"}[unit]
+            raise ConfigError(f"{name}={value!r} does not count what {name} counts. Give a number, or {example}.")
+        if name == "val_check_interval" and counter == "epoch":
+            options["val_check_interval"], options["check_val_every_n_epoch"] = None, int(every.n)
+        else:
+            options[name] = int(every.n)
 
 
 def _loggers(given: Any) -> list[Any]:

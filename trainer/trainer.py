@@ -44,7 +44,7 @@ class Trainer(Runtime):
     (how many processes do what: `ParallelPlan(dp_replicate=2, dp_shard=-1)`; strategy="auto" follows it).
     Steps: `accumulate_grad_batches` micro-batches a step, or `global_batch_size` samples a step (accumulation follows from it);
     `gradient_clip_val` by `gradient_clip_algorithm` "norm" or "value"; `nonfinite` "raise", "skip" or "ignore".
-    Validation: `val_check_interval` (int: optimizer steps; float: a part of the epoch), `check_val_every_n_epoch`,
+    Validation: `val_check_interval` (optimizer steps; a part of the epoch; "500step", "2ep"), `check_val_every_n_epoch`,
     `limit_train_batches`, `limit_val_batches`, `limit_test_batches`, `limit_predict_batches` (int: batches; float: a part),
     `num_sanity_val_steps` batches before training. `fast_dev_run` runs that many batches of everything and writes nothing.
     `overfit_batches` trains on the first batches again and again, in order.
@@ -67,15 +67,15 @@ class Trainer(Runtime):
         devices: int | str = "auto",
         num_nodes: int = 1,
         plan: ParallelPlan | None = None,
-        max_epochs: int | None = None,
-        max_steps: int | None = None,
+        max_epochs: int | str | None = None,
+        max_steps: int | str | None = None,
         max_time: Any = None,
         accumulate_grad_batches: int = 1,
         global_batch_size: int | None = None,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str = "norm",
         nonfinite: str = "raise",
-        val_check_interval: float | None = None,
+        val_check_interval: float | str | None = None,
         check_val_every_n_epoch: int = 1,
         limit_train_batches: float | None = None,
         limit_val_batches: float | None = None,
@@ -86,7 +86,7 @@ class Trainer(Runtime):
         overfit_batches: int = 0,
         callbacks: Callback | Iterable[Callback] | None = (),
         loggers: Any = (),
-        log_every_n_steps: int = 50,
+        log_every_n_steps: int | str = 50,
         enable_progress_bar: bool = True,
         enable_checkpointing: bool = True,
         enable_model_summary: bool = True,
