@@ -5,11 +5,10 @@ Every function takes a tensor or a nested list, tuple, dict, namedtuple or datac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from ..strategies.errors import ConfigError, unknown_name
@@ -34,7 +33,7 @@ class Gathering:
 
         Sizes of dim 0 may differ between ranks; other dimensions must be equal.
         """
-        return apply_to_collection(tensor, Tensor, self._gather)
+        return _each_tensor(tensor, self._gather)
 
     def _gather(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
@@ -64,7 +63,7 @@ class Gathering:
                 return self.world.all_gather(tensor[:0])
             return self.world.all_gather(tensor)
 
-        return apply_to_collection(input_data, Tensor, one)
+        return _each_tensor(input_data, one)
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """Combine each tensor over all processes: "sum", "mean", "max", "min", or "none" (each keeps its own); times `scale`.
@@ -80,11 +79,11 @@ class Gathering:
             reduced = value.clone() if reduction == "none" else self.world.all_reduce(value, reduction)
             return reduced * scale if scale != 1.0 else reduced
 
-        return apply_to_collection(tensor, Tensor, one)
+        return _each_tensor(tensor, one)
 
     def broadcast(self, tensor: Any, from_process: int = 0) -> Any:
         """Return process `from_process`'s tensors on every process."""
-        return apply_to_collection(tensor, Tensor, lambda value: self.world.broadcast(value, from_process))
+        return _each_tensor(tensor, lambda value: self.world.broadcast(value, from_process))
 
     def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:
         """Pad each tensor along `dim` with `pad_index` to the largest size over all processes."""
@@ -101,10 +100,18 @@ class Gathering:
             padding = value.new_full(shape, pad_index)
             return torch.cat([padding, value] if pad_first else [value, padding], dim)
 
-        return apply_to_collection(tensor, Tensor, one)
+        return _each_tensor(tensor, one)
 
 
 def _holds_tensor(data: Any) -> bool:
     found: list[Tensor] = []
-    apply_to_collection(data, Tensor, lambda t: (found.append(t), t)[1])
+    _each_tensor(data, lambda t: (found.append(t), t)[1])
     return bool(found)
+
+
+def _each_tensor(data: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Return `data` with `function` of each tensor in its place."""
+    # Imported here: it is a fifth of the modules that `import drivetrain` would load, and a training does without it.
+    from lightning_utilities.core.apply_func import apply_to_collection
+
+    return apply_to_collection(data, Tensor, function)
