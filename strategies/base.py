@@ -120,6 +120,11 @@ class Strategy:
         """Which slice of every batch this rank reads: (index, count)."""
         return 0, 1
 
+    @property
+    def loss_ranks(self) -> int:
+        """Over how many ranks, each with its own part of the loss, the backward pass averages gradients."""
+        return self.data_shard[1]
+
     # -- building -----------------------------------------------------------------------------------------------------
     def prepare(
         self, models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer] | Callable[[], Sequence[Optimizer]]

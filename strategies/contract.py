@@ -266,7 +266,7 @@ def _one_step(
             strategy.set_gradient_sync(list(prepared.values()), i == len(window) - 1)
         with strategy.precision.autocast(strategy.device) if strategy.precision is not None else nullcontext():
             loss = torch.stack([step(mine, True) for step in steps]).sum()
-        strategy.backward(loss * (count / items))
+        strategy.backward(loss * (strategy.loss_ranks / items))
         total += loss.detach().to("cpu", torch.float64)
     for model, optimizer in zip(models.values(), optimizers, strict=True):
         parameters = list(model.parameters())
@@ -274,8 +274,8 @@ def _one_step(
             norm = strategy.grad_norm(parameters)
             strategy.scale_gradients(parameters, (case.clip / (norm + 1e-6)).clamp(max=1.0))
         strategy.step(optimizer)
-    if count > 1:
-        total = world.all_reduce(total)
+    if strategy.loss_ranks > 1:
+        total = world.all_reduce(total * 0 if world.is_duplicate else total)
     return float(total) / items
 
 

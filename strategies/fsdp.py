@@ -211,6 +211,11 @@ class FSDPStrategy(Strategy):
         """Each rank of dp_replicate x dp_shard reads its own slice."""
         return self.mesh.index("batch"), self.mesh.size("batch")
 
+    @property
+    def loss_ranks(self) -> int:
+        """Each rank of dp_replicate x dp_shard x cp has its own part of the loss."""
+        return self.mesh.size("loss")
+
     # -- building -----------------------------------------------------------------------------------------------------
     def prepare_model(self, name: str, model: nn.Module) -> nn.Module:
         """Convert `model`, cut it up in place, and return it. A model that this strategy cut up already is taken as it is.

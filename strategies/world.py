@@ -124,10 +124,29 @@ class World:
         """Return the process group of an axis (mesh.py names them); None when this process is alone on it."""
         if axis == "world":
             return self._group
-        mesh = next(iter(self.meshes.values()), None)  # that of the run's own strategy, which starts first
-        if mesh is None:
+        if self.mesh is None:
             raise unknown_name("axis", axis, ["world"])
-        return mesh.group(axis)
+        return self.mesh.group(axis)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh of the run's own strategy, which starts first; None where there is none."""
+        return next(iter(self.meshes.values()), None)
+
+    @property
+    def is_duplicate(self) -> bool:
+        """Whether another rank speaks for this one's losses and logged values: on tp and pp all ranks have the same ones.
+
+        The first rank of tp and the last stage of pp speak.
+        """
+        mesh = self.mesh
+        return mesh is not None and (mesh.index("tp") > 0 or mesh.index("pp") < mesh.size("pp") - 1)
+
+    @property
+    def loss_index(self) -> int:
+        """This rank's place among those that hold parts of the loss: its rank, but for ranks of tp and pp, which hold the same."""
+        mesh = self.mesh
+        return self.rank if mesh is None else mesh.index("loss")
 
     def new_group(self, ranks: list[int] | None = None, *, backend: str | None = None) -> dist.ProcessGroup | None:
         """Make another process group as `dist.new_group`, on loopback when there is one node; None on ranks not in it."""

@@ -121,7 +121,7 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         self.skipped_steps = 0
         self.last_grad_norm: Tensor | None = None  # of the last step, before clipping; 0-d, not read
 
-        self.window = Window(gradient_accumulation_steps, ranks=self.strategy.data_shard[1])
+        self.window = Window(gradient_accumulation_steps, self.strategy.data_shard[1], self.strategy.loss_ranks)
         self.before_backward: Sequence[Callable[[Tensor], None]] = ()  # called with the loss; the Trainer puts its hooks here
         self.after_backward: Sequence[Callable[[], None]] = ()
         self._accumulating = Accumulating()

@@ -10,8 +10,9 @@ however they were cut. With W ranks (whose gradients the backward pass averages)
                                                                     G: samples of a full micro-batch over all ranks
     no sample counts (a list of batches)  micro-loss times 1/A, and the gradients times A/k when only k micro-batches came
     a loop left within the last window    the same n*W/N, and the gradients times N over what the window held in the end
-    sums with their counts (`num_items`)  micro-sum divided by P, and the gradients times P*W/T before the step
-                                                                    P: a power of two, T: all counts of window and ranks
+    sums with their counts (`num_items`)  micro-sum divided by P, and the gradients times P*L/T before the step
+                                                                    P: a power of two, T: all counts of window and ranks,
+                                                                    L: W, times the ranks that share a sequence (cp)
 
 `begin` opens the next micro-batch, `weigh_sum` takes a sum with its count, `settle` returns the factor that remains for the
 gradients where `uneven` says that there is one. P is a power of two so that dividing by it rounds nothing; it keeps the sums in
@@ -65,6 +66,7 @@ class Window:
         "backwards",
         "index",
         "kind",
+        "loss_ranks",
         "number",
         "ranks",
         "samples",
@@ -76,8 +78,9 @@ class Window:
         "wanted",
     )
 
-    def __init__(self, size: int = 1, ranks: int = 1) -> None:
-        self.ranks = ranks  # over how many ranks the backward pass averages
+    def __init__(self, size: int = 1, ranks: int = 1, loss_ranks: int | None = None) -> None:
+        self.ranks = ranks  # that read their own samples, over which the backward pass averages
+        self.loss_ranks = ranks if loss_ranks is None else loss_ranks  # the same, counting those that have a part of a sample
         self.number = 0
         self.index = 0
         self.sync = True
@@ -208,13 +211,13 @@ class Window:
     def _settle(self, world: World) -> Tensor | float | None:
         if self.kind == SUM:
             count = self._items if isinstance(self._items, Tensor) else torch.tensor(float(self._items), dtype=torch.float64)
-            if world.size > 1 and self.ranks > 1:
-                count = world.all_reduce(count.to(torch.float64))
+            if world.size > 1 and (self.loss_ranks > 1 or world.mesh is not None):
+                count = world.all_reduce(count.to(torch.float64) * (not world.is_duplicate))
             if count.device.type == "cpu":  # no device to wait for: a plain number
                 self.total = total = count.item()
-                return self._divisor * self.ranks / total if total else 0.0
+                return self._divisor * self.loss_ranks / total if total else 0.0
             self.total = count
-            return torch.where(count > 0, self._divisor * self.ranks / count, 0.0)
+            return torch.where(count > 0, self._divisor * self.loss_ranks / count, 0.0)
         if self._remaining is not None:
             return None if self._held == self._remaining else self._remaining / self._held
         if self._expected:

@@ -45,8 +45,16 @@ class Gathering:
         Call it inside a loop over a prepared loader, with per-sample tensors of the batch's length (0-d tensors: one a rank).
         Lengths may differ between ranks. Objects other than tensors (or `use_gather_object=True`) come back as one flat list.
         """
+        mesh = self.world.mesh
+        if mesh is not None and mesh.size("cp") > 1:
+            raise ConfigError(
+                f"gather_for_metrics was called with cp={mesh.size('cp')}, where each process has a part of every sequence, and "
+                "knows no whole sample. Log means or sums, or evaluate without cp."
+            )
         loader = self.active_loader
         real = loader.num_samples if loader is not None else None
+        if self.world.is_duplicate:  # it has the samples of another rank
+            real = 0
         if use_gather_object or not _holds_tensor(input_data):
             mine = (
                 list(input_data) if isinstance(input_data, Iterable) and not isinstance(input_data, str | bytes) else [input_data]

@@ -41,6 +41,8 @@ def compute_object(name: str, metric: Any, world: World, *, sync: bool) -> Tenso
         DataError: it computes something that is not a single number.
     """
     if world.size > 1:
+        if world.is_duplicate and sync:
+            metric.reset()  # it has seen what the object of another rank has seen
         own = hasattr(metric, "sync_on_compute")
         if own and bool(metric.sync_on_compute) != sync:
             kind = type(metric).__name__
@@ -101,9 +103,16 @@ def _computed(name: str, metric: Any, *, reset: Any) -> Tensor | float:
 
 def check_holders(name: str, holders: int, world: World) -> None:
     """Refuse to compute an object that some ranks never logged: its synchronisation would wait for them for ever."""
-    if holders != world.size:
+    mesh = world.mesh
+    if mesh is not None and mesh.size("pp") > 1:
+        raise ConfigError(
+            f"log({name!r}) got an object that computes its value over all ranks, and in a pipeline only the last stage has one. "
+            "Log its parts with reduce='sum', or as a mean."
+        )
+    expected = world.size if mesh is None else mesh.size("loss")
+    if holders != expected:
         raise DistributedError(
-            f"The object logged as {name!r} was logged on {holders} of {world.size} ranks, and all of them compute it together. "
+            f"The object logged as {name!r} was logged on {holders} of {expected} ranks, and all of them compute it together. "
             "Log it on every rank, at least once; on a rank without data of its own it counts for nothing."
         )
 

@@ -193,6 +193,8 @@ class Metrics:
         """The flag and the packed parts, summed over the ranks: one collective, one copy to the host."""
         host, held = pack(entries, step=step, rank=self.world.rank, size=self.world.size)
         vector = to_vector([flag, *host], [(index + 1, factor, tensor) for index, factor, tensor in held], self.world.device)
+        if self.world.is_duplicate:  # its values are those of another rank, and would count twice
+            vector[1:] = 0
         return self.world.all_reduce(vector, "sum").tolist()
 
     def _agree(self) -> list[Entry]:
