@@ -13,7 +13,7 @@ Source: torchao.quantization.qat (0.18); Jacob et al. 2018, arXiv:1712.05877.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,13 +106,8 @@ class QuantizationAwareTraining(Callback):
         report = choose(module, self.choice, self.group_size if _has_groups(self.target) else 1)
         if not report.converted:
             raise ConfigError(f"{_WANTED_BY} found no Linear to quantize in {report.model}: {report}. Change its arguments.")
-        chosen = {id(module.get_submodule(n)) for n in report.converted}
-        torchao: Any = _torchao.load("quantization", wanted_by=_WANTED_BY)
-        qat: Any = _torchao.load("quantization.qat", wanted_by=_WANTED_BY)
-        # Building a module draws random numbers, which are the run's.
-        devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
-        with torch.random.fork_rng(devices):
-            torchao.quantize_(module, qat.QATConfig(self.config, step="prepare"), filter_fn=lambda m, _: id(m) in chosen)
+        for name in report.converted:
+            _become(module.get_submodule(name), _prepared(module.get_submodule(name), self.config))
         self.report = report
         _check(module, report)
 
@@ -120,15 +115,27 @@ class QuantizationAwareTraining(Callback):
         """Convert and write, unless the process was told to leave in the middle."""
         if not self.convert_at_end or self.report is None or getattr(trainer, "leaving", 0):
             return
-        self.convert(module)
+        if self._sharded(module):
+            # Each rank holds pieces, which cannot be quantized where they lie: the file is made of the whole, the model stays.
+            state = trainer.strategy.full_state_dict(module)
+            for name in self.report.converted if trainer.world.is_main else ():
+                state[f"{name}.weight"] = self._quantized(module.get_submodule(name), state[f"{name}.weight"])
+        else:
+            self.convert(module)
+            state = module.state_dict()
         if trainer.world.is_main:
-            path = save_quantized(module, trainer.root / "quantized.safetensors")
+            path = save_quantized(state, trainer.root / "quantized.safetensors")
             trainer.print(f"quantized model: {path}")
 
     def convert(self, module: nn.Module) -> None:
         """Quantize the Linears that were prepared, in place. The model can be evaluated then, not trained."""
         if self.report is None or self.converted:
             raise ConfigError("convert comes once, after prepare. Check that the training reached `start`.")
+        if self._sharded(module):
+            raise ConfigError(
+                f"{_WANTED_BY} cannot convert a sharded model in place: each rank holds pieces of its weights. Leave "
+                "convert=True: the file of the quantized model is written at the end, for load_quantized."
+            )
         torchao: Any = _torchao.load("quantization", wanted_by=_WANTED_BY)
         qat: Any = _torchao.load("quantization.qat", wanted_by=_WANTED_BY)
         kind: Any = _torchao.load("quantization.qat.linear", wanted_by=_WANTED_BY).FakeQuantizedLinear
@@ -136,13 +143,64 @@ class QuantizationAwareTraining(Callback):
             torchao.quantize_(module, qat.QATConfig(self.config, step="convert"), filter_fn=lambda m, _: isinstance(m, kind))
         self.converted = True
 
+    def _sharded(self, module: nn.Module) -> bool:
+        assert self.report is not None
+        return any(hasattr(module.get_submodule(n).weight, "full_tensor") for n in self.report.converted)
 
-def save_quantized(module: nn.Module, path: Path) -> Path:
-    """Write a converted model: plain tensors in safetensors, what they mean in its metadata. Nothing is pickled."""
+    def _quantized(self, linear: nn.Module, weight: Tensor) -> Tensor:
+        """Return the whole `weight` of a prepared Linear as `convert` would make it."""
+        torchao: Any = _torchao.load("quantization", wanted_by=_WANTED_BY)
+        qat: Any = _torchao.load("quantization.qat", wanted_by=_WANTED_BY)
+        whole = _probe(linear, weight)
+        holder = nn.Sequential(whole)
+        with torch.random.fork_rng([]):
+            torchao.quantize_(holder, qat.QATConfig(self.config, step="convert"), filter_fn=lambda m, _: m is whole)
+        made: Any = holder[0]
+        return made.weight.detach()
+
+
+def _prepared(linear: Any, config: Any) -> nn.Module:
+    """Return torchao's module for a Linear of that size, without values."""
+    torchao: Any = _torchao.load("quantization", wanted_by=_WANTED_BY)
+    qat: Any = _torchao.load("quantization.qat", wanted_by=_WANTED_BY)
+    options = {"device": "meta", "dtype": linear.weight.dtype}
+    holder = nn.Sequential(nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, **options))
+    torchao.quantize_(holder, qat.QATConfig(config, step="prepare"), filter_fn=lambda m, _: isinstance(m, nn.Linear))
+    return holder[0]
+
+
+def _become(linear: Any, made: nn.Module) -> None:
+    """Let `linear` compute as `made` does. It stays the same object with the same parameters, for what points to it: fsdp gives
+    the weights that it gathered to the module that it cut up, not to one that took its place."""
+    for name, child in made.named_children():
+        linear.add_module(name, child.to(linear.weight.device))
+    for name, value in vars(made).items():
+        if name not in vars(linear):
+            setattr(linear, name, value)
+    kind = type(linear)
+    if kind is not nn.Linear:  # fsdp's, of a Linear that is a unit of its own
+        kind = type(f"FSDP{type(made).__name__}", (kind.__bases__[0], type(made)), {"__deepcopy__": kind.__deepcopy__})
+    else:
+        kind = type(made)
+    linear.__class__ = kind
+
+
+def _probe(linear: nn.Module, weight: Tensor) -> Any:
+    """Return a Linear that computes as `linear` does, with `weight` and no bias, and without the hooks."""
+    kind = type(linear)
+    probe: Any = object.__new__(kind.__bases__[1] if kind.__name__.startswith("FSDP") else kind)
+    probe.__dict__.update(vars(linear))
+    probe.__dict__.update({name: type(value)() for name, value in vars(linear).items() if name.endswith("_hooks")})
+    probe.__dict__["_parameters"] = {"weight": nn.Parameter(weight.detach(), requires_grad=False), "bias": None}
+    return probe
+
+
+def save_quantized(state: Mapping[str, Tensor], path: Path) -> Path:
+    """Write the state of a converted model: plain tensors in safetensors, what they mean in its metadata. Nothing is pickled."""
     from safetensors.torch import save_file
 
     support: Any = _torchao.load("prototype.safetensors.safetensors_support", wanted_by=_WANTED_BY)
-    tensors, metadata = support.flatten_tensor_state_dict(module.state_dict())
+    tensors, metadata = support.flatten_tensor_state_dict(dict(state))
     partial = path.with_name(f".{path.name}.partial")
     save_file({n: t.detach().clone().contiguous() for n, t in tensors.items()}, partial, metadata=metadata)
     partial.replace(path)
@@ -192,7 +250,7 @@ def _has_groups(target: Any) -> bool:
 
 
 def _check(module: nn.Module, report: Report) -> None:
-    """Prove, on one prepared Linear of each shape, that its output is another; note by how much."""
+    """Prove, on one prepared Linear of each shape, that its output is another; note by how much. Collective if it is sharded."""
     seen: set[torch.Size] = set()
     own = torch.Generator().manual_seed(0)
     for name in report.converted:
@@ -200,16 +258,14 @@ def _check(module: nn.Module, report: Report) -> None:
         if linear.weight.shape in seen or linear.weight.is_meta:
             continue
         seen.add(linear.weight.shape)
-        x = torch.randn(8, linear.in_features, generator=own).to(linear.weight.device, linear.weight.dtype)
+        weight = linear.weight.detach()
+        weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        x = torch.randn(8, linear.in_features, generator=own).to(weight.device, weight.dtype)
         with torch.no_grad():
-            found, plain = linear(x), _plain(linear, x)
+            found, plain = _probe(linear, weight).forward(x), F.linear(x, weight)
         report.errors[name] = relative_error(found, plain)
-        if torch.equal(found, plain) and bool(linear.weight.any()):
+        if torch.equal(found, plain) and bool(weight.any()):
             raise ConfigError(
                 f"{_WANTED_BY}: {name} of {report.model} gives the same output as before, bit for bit, so nothing was prepared. "
                 "That is a fault of this version of torchao, or of the config that it was given."
             )
-
-
-def _plain(linear: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, linear.weight, linear.bias)

@@ -142,7 +142,7 @@ def choose(model: nn.Module, choice: Choice, multiple: int, name: str = "") -> R
 def _reason(name: str, module: nn.Linear, choice: Choice, multiple: int, ends: set[str]) -> str | None:
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in choice.skip):
         return "as asked"
-    if type(module) is not nn.Linear:
+    if not _is_linear(module):
         # Such as the output of nn.MultiheadAttention, whose weight is used without its forward: converting it would do nothing.
         return f"a {type(module).__name__}, which has its own way to multiply"
     if module.in_features % multiple or module.out_features % multiple:
@@ -150,6 +150,12 @@ def _reason(name: str, module: nn.Linear, choice: Choice, multiple: int, ends: s
     if min(module.in_features, module.out_features) < choice.min_features:
         return f"smaller than {choice.min_features}"
     return "first and last" if name in ends else None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a plain Linear, also one that fsdp made a unit of its own (whose class it derives from nn.Linear)."""
+    kind = type(module)
+    return kind is nn.Linear or (kind.__name__ == "FSDPLinear" and kind.__bases__[-1] is nn.Linear)
 
 
 def swap(model: nn.Module, names: Sequence[str], matmul: Matmul) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from drivetrain.callbacks.quantization import TARGETS, QuantizationAwareTraining, load_quantized
 from drivetrain.strategies.errors import CheckpointError, ConfigError, UnknownName
+from drivetrain.strategies.fsdp import FSDPStrategy
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -137,3 +138,42 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "plain.safetensors")
     with pytest.raises(CheckpointError, match="says nothing of quantized tensors"):
         load_quantized(TinyGPT(), tmp_path / "plain.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # torch's own, of any module whose step returns a view
+def test_sharded_ranks_train_as_one_and_write_the_same_kind_of_file(ranks: Any, tmp_path: Path) -> None:
+    """Each Linear is a unit of its own here, so its class is fsdp's; it is prepared like the others."""
+    single = train("fp32", tmp_path / "one", steps=6, callbacks=[QuantizationAwareTraining(start=3)])
+
+    def one_rank() -> tuple[list[float], bool]:
+        callback = QuantizationAwareTraining(start=3)
+        strategy: Any = FSDPStrategy(units=[nn.Linear])
+        run = train("fp32", tmp_path / "two", steps=6, batch_size=4, strategy=strategy, callbacks=[callback])
+        assert callback.report is not None
+        assert len(callback.report.converted) == 9
+        assert run.model is not None
+        assert type(run.model.head).__name__ == "FSDPFakeQuantizedLinear"
+        return run.losses, callback.converted
+
+    (first, converted), (second, _) = ranks(2, one_rank)
+    assert not converted  # the model stays as it is: in pieces
+    assert [(a + b) / 2 for a, b in zip(first, second, strict=True)] == pytest.approx(single.losses, abs=0.01)
+    (path,) = (tmp_path / "two").rglob("quantized.safetensors")
+    other, ids = load_quantized(TinyGPT(), path), next(iter(data()))[0]
+    assert single.model is not None
+    with torch.no_grad():
+        assert (other(ids) - single.model(ids)).norm() / single.model(ids).norm() < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_a_sharded_run_resumes_bit_for_bit_after_the_start(ranks: Any, tmp_path: Path) -> None:
+    def one_rank() -> tuple[list[float], list[float]]:
+        def run(folder: str, **options: Any) -> Any:
+            callbacks = [QuantizationAwareTraining(start=2, convert=False)]
+            return train("bf16-mixed", tmp_path / folder, steps=6, batch_size=4, strategy="fsdp", callbacks=callbacks, **options)
+
+        whole = run("whole", save_every=3)
+        return whole.losses[3:], run("resumed", resume=whole.checkpoints[3]).losses
+
+    for whole, resumed in ranks(2, one_rank):
+        assert whole == resumed
