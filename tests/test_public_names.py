@@ -24,6 +24,7 @@ PUBLIC = [
     "Health",
     "LearningRateMonitor",
     "Logger",
+    "MuonAdamW",
     "ParallelPlan",
     "Precision",
     "Preemption",
@@ -32,6 +33,7 @@ PUBLIC = [
     "TrainingModule",
     "Watchdog",
     "launch",
+    "muon_groups",
     "seed_everything",
 ]
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from drivetrain.strategies.ddp import DDPStrategy
     from drivetrain.strategies.fsdp import FSDPStrategy, HSDPStrategy
     from drivetrain.strategies.mesh import ParallelPlan
+    from drivetrain.strategies.muon import MuonAdamW, muon_groups
     from drivetrain.strategies.precision.base import Precision
     from drivetrain.trainer.accelerator import Accelerator
     from drivetrain.trainer.data.config import DataLoaderConfiguration
@@ -41,6 +42,7 @@ _HOMES = {
     "Health": "drivetrain.callbacks.health",
     "LearningRateMonitor": "drivetrain.callbacks.learning_rate",
     "Logger": "drivetrain.callbacks.loggers.base",
+    "MuonAdamW": "drivetrain.strategies.muon",
     "ParallelPlan": "drivetrain.strategies.mesh",
     "Precision": "drivetrain.strategies.precision.base",
     "Preemption": "drivetrain.callbacks.preemption",
@@ -49,6 +51,7 @@ _HOMES = {
     "TrainingModule": "drivetrain.trainer.module",
     "Watchdog": "drivetrain.callbacks.watchdog",
     "launch": "drivetrain.trainer.launch.function",
+    "muon_groups": "drivetrain.strategies.muon",
     "seed_everything": "drivetrain.trainer.seed",
 }
 
@@ -66,6 +69,7 @@ __all__ = [
     "Health",
     "LearningRateMonitor",
     "Logger",
+    "MuonAdamW",
     "ParallelPlan",
     "Precision",
     "Preemption",
@@ -74,6 +78,7 @@ __all__ = [
     "TrainingModule",
     "Watchdog",
     "launch",
+    "muon_groups",
     "seed_everything",
 ]
 
