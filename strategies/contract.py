@@ -16,27 +16,37 @@ taken in the middle, given to a fresh strategy that goes on. The limits are thos
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Strategy, make_precision
 from .checkpoint.layout import Shard
+from .contract_models import MODELS
 from .errors import ConfigError, DrivetrainError
 
 if TYPE_CHECKING:
     from .precision.base import Precision
     from .world import World
 
-__all__ = ["CASES", "MIXED", "Case", "ContractError", "Result", "check_precision", "check_strategy", "plain_loop", "run_case"]
+__all__ = [
+    "CASES",
+    "MIXED",
+    "Case",
+    "ContractError",
+    "Result",
+    "cases_of",
+    "check_precision",
+    "check_strategy",
+    "plain_loop",
+    "run_case",
+]
 
 _SAMPLES = 8  # of a micro-batch over all ranks
-_FEATURES, _CLASSES, _LENGTH = 6, 5, 7
 
 
 class ContractError(DrivetrainError, AssertionError):
@@ -52,6 +62,7 @@ class Case:
         num_items: the loss is a sum over tokens, whose number differs between samples.
         models: 2 trains two models jointly, each with its own optimizer, on the sum of their losses.
         precision: of the strategy, None for its own; losses are within 2 % of the plain loop's in fp32, and not equal to them.
+        model: its name in contract_models.MODELS.
     """
 
     name: str
@@ -63,6 +74,7 @@ class Case:
     models: int = 1
     steps: int = 50
     precision: str | None = None
+    model: str = "mlp"
 
     @property
     def tolerance(self) -> tuple[float, float]:
@@ -84,6 +96,16 @@ def _cases() -> Iterator[Case]:
             yield replace(base, name=f"{base.name} window 3, num_items", window=3, num_items=True)
             yield replace(base, name=f"{base.name} num_items, clipped", num_items=True, clip=0.05)
             yield replace(base, name=f"{base.name} two models", models=2)
+
+
+def cases_of(model: str, cases: Iterable[Case]) -> list[Case]:
+    """Return `cases` with another model: those that it has."""
+    one_batch = MODELS[model].per_sample
+    return [
+        replace(case, name=f"{case.name} {model}", model=model)
+        for case in cases
+        if one_batch or (case.window == 1 and not case.num_items)
+    ]
 
 
 CASES: tuple[Case, ...] = tuple(_cases())
@@ -114,37 +136,15 @@ class Trained:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Tiny(nn.Module):
-    """Two layers and a parameter that the module holds itself; `step` is what a training step would be."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.first = nn.Linear(_FEATURES, 16)
-        self.norm = nn.LayerNorm(16)
-        self.second = nn.Linear(16, _CLASSES)
-        self.temperature = nn.Parameter(torch.ones(1))
-        for parameter in self.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).float() * 0.3 + 0.1
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(F.gelu(self.norm(self.first(x)))) * self.temperature
-
-    def step(self, batch: Mapping[str, Tensor], summed: bool) -> Tensor:
-        """The mean (or summed) cross entropy over the tokens that are not padding."""
-        logits = self(batch["x"]).flatten(0, 1)
-        return F.cross_entropy(logits, batch["y"].flatten(), ignore_index=-1, reduction="sum" if summed else "mean")
-
-
 def micro_batch(index: int, case: Case, samples: int = _SAMPLES) -> dict[str, Tensor]:
-    """The global micro-batch of `index`: x (samples, length, features), y (samples, length), -1 where there is no token."""
+    """The global micro-batch of `index`: x (samples, ...), y (samples, length), -1 where there is no token."""
     generator = torch.Generator().manual_seed(1000 + index)
-    x = torch.randn(samples, _LENGTH, _FEATURES, generator=generator, dtype=torch.float64).to(case.dtype)
-    y = torch.randint(0, _CLASSES, (samples, _LENGTH), generator=generator)
+    model = MODELS[case.model]
+    batch = model.batch(samples, generator, case.dtype)
     if case.num_items:
-        lengths = torch.randint(1, _LENGTH + 1, (samples, 1), generator=generator)
-        y[torch.arange(_LENGTH).expand(samples, -1) >= lengths] = -1
-    return {"x": x, "y": y}
+        lengths = torch.randint(1, model.length + 1, (samples, 1), generator=generator)
+        batch["y"][torch.arange(model.length).expand(samples, -1) >= lengths] = -1
+    return batch
 
 
 def windows(case: Case) -> Iterator[list[dict[str, Tensor]]]:
@@ -159,7 +159,8 @@ def windows(case: Case) -> Iterator[list[dict[str, Tensor]]]:
 
 
 def _build(case: Case) -> tuple[dict[str, nn.Module], Callable[[Mapping[str, nn.Module]], list[torch.optim.Optimizer]]]:
-    models: dict[str, nn.Module] = {("model" if i == 0 else f"model_{i}"): Tiny(i).to(case.dtype) for i in range(case.models)}
+    build = MODELS[case.model].build
+    models: dict[str, nn.Module] = {("model" if i == 0 else f"model_{i}"): build(i).to(case.dtype) for i in range(case.models)}
     kind: Any = torch.optim.SGD if case.optimizer == "sgd" else torch.optim.AdamW
     options = {"lr": 0.05, "momentum": 0.9} if case.optimizer == "sgd" else {"lr": 2e-3}
     return models, lambda built: [kind(model.parameters(), **options) for model in built.values()]
@@ -228,11 +229,15 @@ def put_together(held: Mapping[str, Any], world: World) -> dict[str, Tensor]:
     """Return the whole tensors of what all ranks hold: tensors, which any rank may leave out, and Shards. Collective."""
     pieces: dict[str, list[Any]] = {}
     mine = {
-        n: (t.tensor.detach().cpu(), t.offset, t.shape) if isinstance(t, Shard) else t.detach().cpu() for n, t in held.items()
+        n: [
+            (part.tensor.detach().cpu(), part.offset, part.shape) if isinstance(part, Shard) else part.detach().cpu()
+            for part in (t if isinstance(t, tuple) else (t,))
+        ]
+        for n, t in held.items()
     }
     for rank_holds in world.gather_object(mine):
-        for name, piece in rank_holds.items():
-            pieces.setdefault(name, []).append(piece)
+        for name, some in rank_holds.items():
+            pieces.setdefault(name, []).extend(some)
     found: dict[str, Tensor] = {}
     for name, some in pieces.items():
         if isinstance(some[0], Tensor):

@@ -33,10 +33,12 @@ from .errors import ConfigError
 from .fsdp_options import read_peers
 from .mesh import Mesh, ParallelPlan, mesh_of
 from .registry import parse_degree
-from .sharded import Sharded, check_model, persistent_buffers
+from .sharded import Shape, Sharded, check_model, persistent_buffers
 from .units import Units, choose_units
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from .precision.base import Precision
     from .world import World
 
@@ -70,6 +72,7 @@ class FSDPStrategy(Strategy):
     """
 
     name = "fsdp"
+    axes: tuple[str, ...] = ("dp_replicate", "dp_shard")  # that its plan may have
     reduces_gradients = True
     needs_group = True
 
@@ -137,9 +140,10 @@ class FSDPStrategy(Strategy):
             )
         if self.plan is not None:
             for axis in ("cp", "tp", "pp", "ep"):
-                if getattr(self.plan, axis) != 1:
+                if getattr(self.plan, axis) != 1 and axis not in self.axes:
                     raise ConfigError(
-                        f"{self.name} has the axes dp_replicate and dp_shard, got {axis} in {self.plan}. Leave {axis} out."
+                        f"{self.name} has the axes dp_replicate and dp_shard, got {axis} in {self.plan}. Leave {axis} out, or "
+                        "leave the strategy out, which then follows the plan (ParallelStrategy)."
                     )
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -149,7 +153,7 @@ class FSDPStrategy(Strategy):
         plan, self.plan_reason = self.choose_plan(world)
         self.plan = plan.resolve(world.size)
         self._mesh = mesh_of(world, self.plan)
-        if self.plan.dp_shard == 1 and self.plan.dp_replicate > 1:
+        if self.plan.dp_shard == 1 and self.plan.dp_replicate > 1 and "tp" not in self.axes:
             raise ConfigError(
                 f"{self.name} with {self.plan} shards nothing: each process would hold the whole model. Use strategy='ddp', or "
                 "give dp_shard a part of the processes."
@@ -168,16 +172,12 @@ class FSDPStrategy(Strategy):
 
     @classmethod
     def from_words(cls, number: str | None, axes: Mapping[str, int]) -> dict[str, Any]:
-        """Read "fsdp", "fsdp:2" (so many pieces) and "hsdp:2" (so many replicas)."""
-        degree = None if number is None else parse_degree(cls.name, number)
+        """Read "fsdp", "fsdp:2" (so many pieces) and "hsdp:2" (so many replicas). With further axes it is ParallelStrategy."""
         if axes:
-            degrees = "".join(f"+{axis}:{n}" for axis, n in axes.items())
-            raise ConfigError(
-                f"strategy='{cls.name}{degrees}' names {', '.join(axes)}, which {cls.name} is not combined with yet. "
-                f"It has dp_replicate and dp_shard: say strategy='{cls.name}'."
-            )
-        if degree is None:
+            return super().from_words(number, axes)
+        if number is None:
             return {}
+        degree = parse_degree(cls.name, number)
         return {"plan": ParallelPlan(dp_replicate=degree, dp_shard=-1) if cls.name == "hsdp" else ParallelPlan(dp_shard=degree)}
 
     def take_plan(self, plan: ParallelPlan, world_size: int) -> None:
@@ -231,28 +231,39 @@ class FSDPStrategy(Strategy):
             model.requires_grad_(False)
             model.eval()
         model = self.precision.convert(model)
-        mesh, group = self.mesh, self.world.group() if self.world.size > 1 else None
+        group = self.mesh.group("stage")
         if self.sync_batchnorm and not self.inference and group is not None:
             from .batch_norm import convert_sync_batchnorm
 
             model = convert_sync_batchnorm(model, None if group is dist.group.WORLD else group, self.device)
         sharded = Sharded(name, model, ignored=self.ignored_parameters, device=self.device, group=group)
-        replaced = sharded.cut_up(
-            {id(module): path for path, module in choose_units(model, self.units)},
-            policy=self._policy,
-            reshard=self.reshard_after_forward,
-            synced=self.sync_module_states,
-            mesh=mesh.sub("dp_replicate", "dp_shard") if mesh.size("dp_replicate") > 1 else mesh.sub("dp_shard"),
-            offload_policy=self._offload_policy(),
-        )
-        self._replaced.update((id(old), (old, new)) for old, new in replaced)
+        self.cut_up(sharded, {id(module): path for path, module in choose_units(model, self.units)})
         sharded.prefetch(self.forward_prefetch, self.backward_prefetch or 0)
         sharded.sends_buffers = self.broadcast_buffers and group is not None and any(True for _ in persistent_buffers(model))
         for method in dict.fromkeys((*(m for m in _STEPS if _is_own(model, m)), *self.forward_methods)):
             sharded.run_as_forward(method)
         sharded.hook_forward(None if self.precision.autocast_dtype is None else self.precision.autocast(self.device))
         self._sharded[id(model)] = sharded
+        self.precision.sharded(model)
         return model
+
+    def cut_up(self, sharded: Sharded, units: Mapping[int, str], *, shape: Shape | None = None) -> None:
+        """Cut a model up into `units`, id(module) -> name, and remember which parameters took the places of which."""
+        replaced = sharded.cut_up(
+            units,
+            policy=self._policy,
+            reshard=self.reshard_after_forward,
+            synced=self.sync_module_states,
+            mesh=self.mesh_of,
+            shape=shape,
+            offload_policy=self._offload_policy(),
+        )
+        self._replaced.update((id(old), (old, new)) for old, new in replaced)
+
+    def mesh_of(self, path: str, module: nn.Module) -> DeviceMesh:
+        """Return the mesh that a unit is sharded over."""
+        mesh = self.mesh
+        return mesh.sub("dp_replicate", "fsdp") if mesh.size("dp_replicate") > 1 else mesh.sub("fsdp")
 
     def _policy(self, root: bool) -> MixedPrecisionPolicy:
         """The dtypes that parameters are gathered and gradients reduced in.
@@ -337,8 +348,8 @@ class FSDPStrategy(Strategy):
                     sharded.root.reset_iter_state()
             raise
         for sharded in self._sharded.values():
-            if sharded.whole and sharded.syncing and (group := self.mesh.group("batch")) is not None:
-                sharded.average_whole(group, self.mesh.size("batch"))
+            if sharded.whole and sharded.syncing and (group := self.mesh.group("loss")) is not None:
+                sharded.average_whole(group, self.mesh.size("loss"))
 
     def manual_backward(self, loss: Tensor, **kwargs: Any) -> None:
         """The same inside of a step, which may go on to use the root's parameters: they are gathered again."""
@@ -384,10 +395,10 @@ class FSDPStrategy(Strategy):
     def state_tensors(
         self, models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The same names as on one device; each rank has its `Shard` of what is cut up. Buffers are rank 0's."""
+        """The same names as on one device; each rank has its `Shard` of what is cut up. Buffers are the first rank's."""
         self._free()
         tensors, values = super().state_tensors(models, optimizers)
-        for name, model in models.items() if self.world.rank else ():
+        for name, model in models.items() if self.mesh.index("stage") else ():
             for key, _ in model.named_buffers():
                 tensors.pop(f"model/{name}/{key}", None)
         return {name: dtensors.piece(name, tensor) for name, tensor in tensors.items()}, values

@@ -11,12 +11,15 @@ Axes from the outermost to the innermost, so that the ranks of an inner axis are
     dp_shard      the batch; parameters, gradients, state        parameters gathered, gradients reduce-scattered, each unit
     cp            the sequence; parameters as over dp_shard      keys and values, each attention
     tp            matrices by columns or rows                    activations, each matrix pair
-    ep            experts; its ranks are taken from dp_shard     tokens, each expert layer
 Derived, for those who ask what a rank is part of:
     batch = dp_replicate x dp_shard          who reads which slice of the data: `data_shard`
     loss  = batch x cp                       over whom a loss or a metric is averaged
     fsdp  = dp_shard x cp                    over whom parameters are sharded
-The product of pp, dp_replicate, dp_shard, cp and tp is the number of processes; ep divides dp_shard * cp * tp.
+    stage = loss x tp                        who holds pieces of the same layers: all processes, without pp
+Cut from fsdp for the experts, which are spread over ep and each sharded over what is left (fsdp = expert_fsdp x ep):
+    ep            experts                                        tokens, each expert layer
+    expert_fsdp   parameters of the experts of one ep rank       as over fsdp
+The product of pp, dp_replicate, dp_shard, cp and tp is the number of processes; ep divides dp_shard * cp.
 Source: torch.distributed.device_mesh; the axes are those of torchtitan.
 """
 
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 
     from .world import World
 
-__all__ = ["AXES", "DERIVED", "Mesh", "ParallelPlan", "mesh_of"]
+__all__ = ["AXES", "DERIVED", "EXPERTS", "Mesh", "ParallelPlan", "mesh_of"]
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """The axes whose product is the number of processes, outermost first."""
@@ -44,8 +47,11 @@ DERIVED = {
     "batch": ("dp_replicate", "dp_shard"),
     "loss": ("dp_replicate", "dp_shard", "cp"),
     "fsdp": ("dp_shard", "cp"),
+    "stage": ("dp_replicate", "dp_shard", "cp", "tp"),
 }
 """Names for several axes taken together."""
+EXPERTS = ("expert_fsdp", "ep")
+"""The two axes that fsdp is cut into where there are experts, outermost first."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,11 @@ class ParallelPlan:
                 f"ParallelPlan needs {'*'.join(AXES)} == number of processes, got "
                 f"{'*'.join(str(getattr(self, a)) for a in AXES)} = {known} on {world_size} processes. {self._advice(world_size)}"
             )
-        inside = plan.dp_shard * plan.cp * plan.tp
+        inside = plan.dp_shard * plan.cp
         if inside % plan.ep:
             raise ConfigError(
-                f"ParallelPlan(ep={plan.ep}): the experts' ranks are taken from dp_shard*cp*tp = {inside}, which {plan.ep} does "
-                "not divide. Choose a divisor."
+                f"ParallelPlan(ep={plan.ep}): the experts' ranks are taken from dp_shard*cp = {inside}, which {plan.ep} does "
+                "not divide. Choose a divisor, or a larger dp_shard."
             )
         return plan
 
@@ -131,7 +137,8 @@ class ParallelPlan:
 class Mesh:
     """The processes of `world` on the axes of a resolved `plan`. Use `mesh_of`, which makes one for each plan.
 
-    Only axes of more than one rank become axes of the DeviceMesh (each costs process groups), and `dp_shard` where all are 1.
+    Axes of one rank are left out of the DeviceMesh (each costs process groups), but for `dp_shard`, which fully_shard is given
+    whatever its size. All groups are made here, by all ranks together: later on, stages of a pipeline do not run the same code.
     """
 
     def __init__(self, world: World, plan: ParallelPlan) -> None:
@@ -142,57 +149,90 @@ class Mesh:
         self.world = world
         self.plan = plan
         degrees = {axis: getattr(plan, axis) for axis in AXES}
-        self.axes: tuple[str, ...] = tuple(a for a, d in degrees.items() if d > 1) or ("dp_shard",)
+        self.axes: tuple[str, ...] = tuple(a for a, d in degrees.items() if d > 1 or a == "dp_shard")
         if world.group() is None:
             raise ConfigError(
                 f"The plan {plan} needs a process group also on one process, and this World has none. "
                 "Start it with World.start(need_group=True), which Trainer and Accelerator do by themselves."
             )
+        self._used = tuple(a for a in self.axes if degrees[a] > 1)
+        self._parts: dict[tuple[str, ...], DeviceMesh] = {}
         with listening_on_loopback(world.one_node):
             self.device_mesh: DeviceMesh = init_device_mesh(
                 world.device.type, tuple(degrees[a] for a in self.axes), mesh_dim_names=self.axes
             )
-        self._flat: dict[tuple[str, ...], DeviceMesh] = {}
+            for name, axes in DERIVED.items():
+                used = tuple(a for a in axes if a in self._used)
+                if len(used) > 1 and (used != self._used or name == "fsdp"):
+                    self._parts.setdefault(used, self.device_mesh[used]._flatten(name))
+            if plan.ep > 1:
+                cut = self.sub("fsdp")._unflatten(0, (self.size("expert_fsdp"), plan.ep), EXPERTS)
+                self._parts |= {EXPERTS: cut, **{(a,): cut[a] for a in EXPERTS}}
 
     def size(self, axis: str) -> int:
         """Return how many ranks an axis (or a derived one) has; 1 for one that is not used."""
+        if axis == "ep":
+            return self.plan.ep
+        if axis == "expert_fsdp":
+            return self.size("fsdp") // self.plan.ep
         return math.prod(getattr(self.plan, a) for a in self._named(axis))
 
     def index(self, axis: str) -> int:
         """Return this rank's place on an axis; on a derived one, the first of its axes counts most."""
+        if axis in EXPERTS:
+            outer, inner = divmod(self.index("fsdp"), self.plan.ep)
+            return inner if axis == "ep" else outer
         place = 0
         for a in self._named(axis):
             held = self.device_mesh.get_local_rank(a) if a in self.axes else 0
             place = place * getattr(self.plan, a) + held
         return place
 
-    def sub(self, first: str, *others: str) -> DeviceMesh:
-        """Return the DeviceMesh of some axes that are in use: what fully_shard or a parallel style takes."""
-        if (first, *others) == self.axes:
+    def sub(self, *axes: str) -> DeviceMesh:
+        """Return the DeviceMesh of some axes, one dimension each: what fully_shard or a parallel style takes.
+
+        A derived axis is one dimension, such as sub("dp_replicate", "fsdp") for HSDP.
+        Raises:
+            ConfigError: an axis that has no ranks of its own in this plan.
+        """
+        if axes == self.axes:
             return self.device_mesh
-        return self.device_mesh[(first, *others)] if others else self.device_mesh[first]
+        parts = [self._part(axis) for axis in axes]
+        if len(parts) == 1:
+            return parts[0]
+        if axes not in self._parts:
+            from torch.distributed.device_mesh import DeviceMesh
+
+            # Private, and the only way to put a flattened axis beside another; fully_shard joins its mesh with tp's by it.
+            self._parts[axes] = DeviceMesh._concatenate(parts)
+        return self._parts[axes]
+
+    def _part(self, axis: str) -> DeviceMesh:
+        if axis in EXPERTS and self.plan.ep > 1:
+            return self._parts[(axis,)]
+        named = ("dp_shard",) if axis == "expert_fsdp" else self._named(axis)
+        used = tuple(a for a in named if a in self._used) or tuple(a for a in named if a in self.axes)
+        if not used:
+            raise ConfigError(f"The plan {self.plan} has no ranks on axis {axis!r}. Give it a degree above 1, or leave it out.")
+        if len(used) == 1:
+            return self.device_mesh[used[0]]
+        if used not in self._parts:  # all processes, on which no other code asks for a mesh of one dimension
+            self._parts[used] = self.device_mesh[used]._flatten(axis)
+        return self._parts[used]
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """Return the process group of an axis, or of a derived one; None where it has one rank only."""
-        used = tuple(a for a in self._named(axis) if a in self.axes and getattr(self.plan, a) > 1)
-        if not used:
+        if self.size(axis) == 1:
             return None
-        if used == self.axes:
+        if axis not in EXPERTS and tuple(a for a in self._named(axis) if a in self._used) == self._used:
             return self.world.group()
-        if len(used) == 1:
-            return self.device_mesh.get_group(used[0])
-        if used not in self._flat:
-            from .world import listening_on_loopback
-
-            with listening_on_loopback(self.world.one_node):
-                self._flat[used] = self.device_mesh[used]._flatten("_".join(used))
-        return self._flat[used].get_group()
+        return self._part(axis).get_group()
 
     def _named(self, axis: str) -> Sequence[str]:
         if axis in DERIVED:
             return DERIVED[axis]
         if axis not in AXES:
-            raise unknown_name("axis", axis, [*AXES, *DERIVED, "world"])
+            raise unknown_name("axis", axis, [*AXES, *DERIVED, *EXPERTS, "world"])
         return (axis,)
 
     def __repr__(self) -> str:

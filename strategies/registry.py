@@ -20,6 +20,7 @@ STRATEGIES: Mapping[str, str] = {
     "ddp": ".ddp:DDPStrategy",
     "fsdp": ".fsdp:FSDPStrategy",
     "hsdp": ".fsdp:HSDPStrategy",
+    "parallel": ".parallel:ParallelStrategy",
 }
 PRECISIONS: Mapping[str, str] = {
     "fp32": ".precision.base:Precision",
@@ -28,6 +29,7 @@ PRECISIONS: Mapping[str, str] = {
     "bf16-true": ".precision.mixed:BF16True",
     "fp16-true": ".precision.mixed:FP16True",
     "fp64": ".precision.mixed:FP64",
+    "fp8": ".precision.fp8:chosen",
     "fp8-ao": ".precision.float8_ao:Float8AO",
     "fp8-ao-rowwise": ".precision.float8_ao:rowwise",
     "fp8-ao-rowwise-gw-hp": ".precision.float8_ao:rowwise_gw_hp",
@@ -56,7 +58,10 @@ AXIS_WORDS: Mapping[str, str] = {
     "cp": "context parallel",
     "pp": "pipeline parallel",
     "ep": "expert parallel",
+    "sp": "sequence parallel",
 }
+# Strategies that are an axis of a plan where others stand beside them.
+DATA_WORDS = ("ddp", "fsdp", "hsdp")
 PRECISION_ALIASES: Mapping[str, str] = {
     "32": "fp32",
     "32-true": "fp32",
@@ -70,7 +75,6 @@ PRECISION_ALIASES: Mapping[str, str] = {
     "64": "fp64",
     "64-true": "fp64",
     "float64": "fp64",
-    "fp8": "fp8-ao",
 }
 
 
@@ -102,33 +106,40 @@ def find(family: str, kind: str, builtin: Mapping[str, str], aliases: Mapping[st
 def find_strategy(text: str) -> tuple[type[Any], str | None, dict[str, int]]:
     """Return (class, number after its name, further axes) of a strategy string.
 
-        string := part ("+" part)*        part := word [":" number]
+            string := part ("+" part)*        part := word [":" number]
     One part names the strategy, in any place; its number means what the strategy says: pieces for "fsdp:2", replicas for
-    "hsdp:2", the stage for "deepspeed:2". The others are axes with their degrees, "tp:2". "fsdp2" is an alias of "fsdp".
+    "hsdp:2", the stage for "deepspeed:2". The others are axes with their degrees, "tp:2"; without one, what is left of the
+    processes. Axes alone, or beside ddp, fsdp or hsdp, make a ParallelStrategy, to which these are axes as well.
 
     Raises:
         UnknownName: a word that is neither a strategy nor an axis.
-        ConfigError: two strategies, no strategy, an axis twice, or a degree that is no number.
+        ConfigError: two strategies, an axis twice, or a degree that is no number.
     """
     if text in STRATEGIES or text in STRATEGY_ALIASES or ("+" not in text and ":" not in text and text not in AXIS_WORDS):
         return find("strategies", "strategy", STRATEGIES, STRATEGY_ALIASES, text), None, {}
-    found: list[tuple[type[Any], str | None]] = []
+    named: list[tuple[str, str | None]] = []
     axes: dict[str, int] = {}
     for part in text.split("+"):
         word, colon, number = part.strip().partition(":")
+        word = STRATEGY_ALIASES.get(word, word)
         if word in AXIS_WORDS:
             if word in axes:
                 raise ConfigError(f"strategy={text!r} names the axis {word} twice. Name it once.")
-            axes[word] = parse_degree(word, number)
+            if word == "sp" and colon:
+                raise ConfigError(f"strategy={text!r}: sp runs over the ranks of tp and has no degree. Say 'tp:{number}+sp'.")
+            axes[word] = parse_degree(word, number) if colon else -1
         else:
-            cls = find("strategies", "strategy", STRATEGIES, STRATEGY_ALIASES, word)
-            found.append((cls, number if colon else None))
-    if len(found) != 1:
-        met = "names two strategies" if found else f"names only {', '.join(AXIS_WORDS[a] for a in axes)}"
+            find("strategies", "strategy", STRATEGIES, STRATEGY_ALIASES, word)
+            named.append((word, number if colon else None))
+    if len(named) > 1:
         raise ConfigError(
-            f"strategy={text!r} {met}. Expected one strategy, with axes beside it where it takes them, such as 'fsdp:2'."
+            f"strategy={text!r} names two strategies. Expected one, with axes beside it where it takes them: 'fsdp:2+tp:2'."
         )
-    return *found[0], axes
+    if not axes or (named and named[0][0] not in DATA_WORDS):
+        word, number = named[0]
+        return find("strategies", "strategy", STRATEGIES, STRATEGY_ALIASES, word), number, axes
+    data = {word: -1 if number is None else parse_degree(word, number) for word, number in named}
+    return load(STRATEGIES["parallel"]), None, {**data, **axes}
 
 
 def parse_degree(word: str, number: str) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,9 +26,24 @@ from .errors import ConfigError, suggest
 from .precision.forward import widened
 from .replica import broadcast_buffers_
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 _CUT_UP = ShardedState.SHARDED
 
-__all__ = ["Sharded", "check_model", "persistent_buffers"]
+__all__ = ["Shape", "Sharded", "check_model", "persistent_buffers"]
+
+
+class Shape(Protocol):
+    """What cuts modules over other axes than "fsdp", module by module: parts.py has such."""
+
+    def wants(self, path: str, module: nn.Module) -> bool:
+        """Whether `cut` is to be called for this module; asked when all inside it is done."""
+        ...
+
+    def cut(self, path: str, module: nn.Module) -> None:
+        """Give the module other parameters. Those it has are on the device, with rank 0's values."""
+        ...
 
 
 class Sharded:
@@ -47,7 +62,7 @@ class Sharded:
         self, name: str, model: nn.Module, *, ignored: Iterable[Any], device: torch.device, group: dist.ProcessGroup | None
     ) -> None:
         self.name, self.model, self.device = name, model, device
-        self.group = group  # of all ranks; None where this one is alone
+        self.group = group  # of all ranks that hold pieces of it; None where this one is alone
         self.units: list[str] = []
         self.modules: list[FSDPModule] = []
         self.sends_buffers = False
@@ -88,6 +103,8 @@ class Sharded:
         policy: Callable[[bool], MixedPrecisionPolicy],
         reshard: bool | int,
         synced: bool,
+        mesh: Callable[[str, nn.Module], DeviceMesh],
+        shape: Shape | None = None,
         **options: Any,
     ) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Cut the model up, module by module; return (old, new) of the parameters that took another's place.
@@ -98,11 +115,15 @@ class Sharded:
             units: id(module) -> its name.
             policy: called with whether the module is the root.
             synced: start from rank 0's values.
+            mesh: of a unit, called with its name and the module.
+            shape: cuts modules over other axes before their unit is sharded, such as tp.
             options: of every call of fully_shard.
         """
         model = self.model
         group = self.group if synced else None
         replaced: list[tuple[nn.Parameter, nn.Parameter]] = []
+        first: dict[int, nn.Parameter] = {}  # id of a parameter that `shape` made -> the one whose place it took
+        done: set[int] = set()  # what fully_shard made
 
         def visit(name: str, module: nn.Module) -> None:
             if materialize.fill(model, name, module, self.device):  # which makes new parameters
@@ -110,12 +131,14 @@ class Sharded:
                 self.whole = {key: own[key] for key in self.whole}
 
         def leave(name: str, module: nn.Module) -> None:
+            if shape is not None and shape.wants(name, module):
+                first.update((id(new), old) for old, new in self._shape(shape, name, module, group))
             root = module is model
             if not root and id(module) not in units:
                 return
             whole = {id(p) for p in self.whole.values()}
-            own = {k: p for k, p in module.named_parameters(remove_duplicate=False) if not isinstance(p, DTensor)}
-            for parameter in {id(p): p for p in own.values()}.values():
+            own = {k: p for k, p in module.named_parameters(remove_duplicate=False) if id(p) not in done}
+            for parameter in {id(p): p for p in own.values() if not isinstance(p, DTensor)}.values():
                 self._begin(parameter, group)
             fully_shard(
                 module,
@@ -123,13 +146,16 @@ class Sharded:
                 # None: torch keeps the root gathered until the backward pass, which starts with it.
                 reshard_after_forward=None if root else reshard,
                 ignored_params=set(self.whole.values()) or None,
+                mesh=mesh(name, module),
                 **options,
             )
             new = dict(module.named_parameters(remove_duplicate=False))
             for key, old in own.items():
                 if id(old) not in whole:
-                    replaced.append((old, new[key]))
-                    old.data = old.data.new_empty(0)
+                    done.add(id(new[key]))
+                    replaced.append((first.get(id(old), old), new[key]))
+                    if not isinstance(old, DTensor):
+                        old.data = old.data.new_empty(0)
             assert isinstance(module, FSDPModule)
             self.units.append("" if root else units[id(module)])
             self.modules.append(module)
@@ -141,6 +167,20 @@ class Sharded:
         if group is not None:
             broadcast_buffers_(model, group)
         return replaced
+
+    def _shape(
+        self, shape: Shape, name: str, module: nn.Module, group: dist.ProcessGroup | None
+    ) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Let `shape` cut the module; return (old, new) of its parameters, the old ones without their memory."""
+        before = dict(module.named_parameters(remove_duplicate=False))
+        for parameter in {id(p): p for p in before.values() if not isinstance(p, DTensor)}.values():
+            self._begin(parameter, group)
+        shape.cut(name, module)
+        after = dict(module.named_parameters(remove_duplicate=False))
+        pairs = [(old, after[key]) for key, old in before.items() if after[key] is not old]
+        for old, _ in pairs:
+            old.data = old.data.new_empty(0)
+        return pairs
 
     def _begin(self, parameter: nn.Parameter, group: dist.ProcessGroup | None) -> None:
         """Move a parameter that is still whole to the device, its rows in order, with rank 0's values."""

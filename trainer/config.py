@@ -136,6 +136,8 @@ def needs_group(strategy: str | Strategy, models: Mapping[str, str | Strategy] |
 
 def name_for(plan: ParallelPlan) -> str:
     """Return the strategy that "auto" means under `plan`."""
+    if any(degree != 1 for axis, degree in plan.degrees().items() if axis in ("cp", "tp", "pp", "ep")):
+        return "parallel"
     if plan.dp_shard != 1:
         return "hsdp" if plan.dp_replicate != 1 else "fsdp"
     return "ddp"

@@ -84,9 +84,13 @@ def test_a_string_says_the_strategy_and_its_degree(text: str, plan: ParallelPlan
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("fsdp:2+tp:2", "names tp, which fsdp is not combined with yet"),
-        ("tp:2+pp:2", "names only tensor parallel, pipeline parallel"),
-        ("tp", "tp: has no degree"),
+        ("fsdp:2+tp:x", "tp:x has no degree"),
+        ("tp:2+pp:2+tp:4", "names the axis tp twice"),
+        ("sp", "needs tp beside it"),
+        ("tp:2+sp:2", "sp runs over the ranks of tp"),
+        ("hsdp+tp:2", "the number of its replicas"),
+        ("fsdp+tp", "only one axis can take what is left"),
+        ("single+tp:2", "'single' takes no degrees"),
         ("fsdp:x", "fsdp:x has no degree"),
         ("ddp:2", "strategy='ddp' takes no degrees"),
         ("fsdp+ddp", "names two strategies"),

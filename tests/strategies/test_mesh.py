@@ -51,7 +51,7 @@ def test_a_degree_that_is_none_is_refused(degrees: dict[str, Any], says: str) ->
 
 
 def test_experts_take_ranks_that_are_there() -> None:
-    with pytest.raises(ConfigError, match=r"dp_shard\*cp\*tp = 4, which 3 does not divide"):
+    with pytest.raises(ConfigError, match=r"dp_shard\*cp = 4, which 3 does not divide"):
         ParallelPlan(dp_shard=4, ep=3).resolve(4)
 
 

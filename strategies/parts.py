@@ -1,0 +1,85 @@
+"""Part: one way to spread a model beside its data, as ParallelStrategy (parallel.py) takes it: tp, cp or ep.
+
+Each part has a file: tensor_parallel.py, context_parallel.py, expert_parallel.py. What a part may do, in the order of the calls:
+    start(strategy)              the mesh is there: refuse what does not work in this plan
+    prepare_model(name, model)   the model is whole, maybe without values: check it, replace or patch modules
+    wants(name, model, path, module)
+    cut(name, model, path, module)
+                                 in the walk of Sharded.cut_up: every module inside `module` is done, and its own parameters have
+                                 their values, rank 0's, on the device. Here they become DTensors on the part's own axis, before
+                                 their unit is sharded over "fsdp". So no rank ever holds more than one module whole.
+    mesh_of(path, module)        another mesh than "fsdp" for the parameters of a unit; experts have one
+    units(name, model)           further units: modules that must be sharded on their own
+    sharded(name, model)         all is cut up: what is set on its units
+    inside()                     a context in which every step and backward pass runs, or None
+    finish(output)               what a step returned, made plain again
+    explain()                    rows for the table
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .mesh import Mesh
+    from .parallel import ParallelStrategy
+
+__all__ = ["Part"]
+
+
+class Part:
+    """Does nothing: override what differs.
+
+    Attributes:
+        axis: the axis of the mesh that it is about.
+        strategy: whose part it is, from `start` on.
+        finishes: whether `finish` is to be called.
+    """
+
+    axis = ""
+    finishes = False
+    strategy: ParallelStrategy
+
+    def start(self, strategy: ParallelStrategy) -> None:
+        self.strategy = strategy
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.strategy.mesh
+
+    def prepare_model(self, name: str, model: nn.Module) -> None:
+        """Check and patch `model`, in place."""
+
+    def wants(self, name: str, model: nn.Module, path: str, module: nn.Module) -> bool:
+        """Whether `cut` is to be called for this module; asked before its parameters are sent from rank 0."""
+        return False
+
+    def cut(self, name: str, model: nn.Module, path: str, module: nn.Module) -> None:
+        """Spread the module's parameters over the axis."""
+
+    def mesh_of(self, path: str, module: nn.Module) -> DeviceMesh | None:
+        """The mesh that the parameters of a unit are sharded over; None for that of the strategy."""
+        return None
+
+    def units(self, name: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Modules that have to be units of their own."""
+        return []
+
+    def sharded(self, name: str, model: nn.Module) -> None:
+        """Called when `model` is cut up."""
+
+    def inside(self) -> AbstractContextManager[Any] | None:
+        """A context around each step and each backward pass: a new one at each call."""
+        return None
+
+    def finish(self, output: Any) -> Any:
+        """What a step returned, such that code that knows nothing of this axis can go on with it."""
+        return output
+
+    def explain(self) -> list[tuple[str, str]]:
+        return []
