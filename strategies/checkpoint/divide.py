@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -37,8 +37,10 @@ class Unit(NamedTuple):
         return cls(name, dtype, tuple(full), tuple(offset), tuple(shape))
 
 
-def units(tensors: Mapping[str, Tensor | Shard]) -> tuple[dict[Unit, Tensor], dict[str, str]]:
+def units(tensors: Mapping[str, Tensor | Shard | tuple[Shard, ...]]) -> tuple[dict[Unit, Tensor], dict[str, str]]:
     """Return this rank's units, and the aliases: name -> the first name of the same memory.
+
+    A tuple of shards is what a rank holds of one tensor in several boxes (ZeRO cuts a flat buffer, wherever that falls in a row).
 
     Raises:
         ConfigError: something that is no tensor, cannot be saved, or a shard that does not fit into its tensor.
@@ -46,7 +48,7 @@ def units(tensors: Mapping[str, Tensor | Shard]) -> tuple[dict[Unit, Tensor], di
     held: dict[Unit, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
-    for name, value in tensors.items():
+    for name, value in _pieces(tensors):
         shard = value if isinstance(value, Shard) else None
         tensor: Any = shard.tensor if shard else value
         if not isinstance(name, str) or not name or not isinstance(tensor, Tensor):
@@ -71,6 +73,15 @@ def units(tensors: Mapping[str, Tensor | Shard]) -> tuple[dict[Unit, Tensor], di
             continue  # an empty shard of a tensor that is not empty: others have it
         held[unit] = tensor
     return held, aliases
+
+
+def _pieces(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in tensors.items():
+        if isinstance(value, tuple):
+            for shard in value:
+                yield name, shard
+        else:
+            yield name, value
 
 
 def digest(held: Iterable[Unit], aliases: Mapping[str, str]) -> str:

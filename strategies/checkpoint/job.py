@@ -45,7 +45,7 @@ class Job:
 
     def prepare(
         self,
-        tensors: Mapping[str, Tensor | Shard],
+        tensors: Mapping[str, Tensor | Shard | tuple[Shard, ...]],
         values: Mapping[str, Any],
         rank_values: Mapping[str, Any],
         rank_tensors: Mapping[str, Tensor],
@@ -57,7 +57,7 @@ class Job:
         for name in (*tensors, *rank_tensors):
             if str(name).startswith(VALUE_TENSORS):
                 raise ConfigError(f"The tensor {name!r} cannot be saved: names under {VALUE_TENSORS} are the store's own.")
-        shared: dict[str, Tensor | Shard] = dict(tensors)
+        shared: dict[str, Tensor | Shard | tuple[Shard, ...]] = dict(tensors)
         own: dict[str, Tensor] = dict(rank_tensors)
         for source, target, found in ((values, self._values, shared), (rank_values, self._rank_values, own)):
             for name, value in source.items():

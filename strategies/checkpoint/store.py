@@ -79,7 +79,7 @@ class CheckpointStore:
     def save(
         self,
         step: int,
-        tensors: Mapping[str, Tensor | Shard],
+        tensors: Mapping[str, Tensor | Shard | tuple[Shard, ...]],
         values: Mapping[str, Any],
         *,
         rank_values: Mapping[str, Any] | None = None,
@@ -92,7 +92,7 @@ class CheckpointStore:
     def save(
         self,
         step: int,
-        tensors: Mapping[str, Tensor | Shard],
+        tensors: Mapping[str, Tensor | Shard | tuple[Shard, ...]],
         values: Mapping[str, Any],
         *,
         rank_values: Mapping[str, Any] | None = None,
@@ -105,7 +105,7 @@ class CheckpointStore:
     def save(
         self,
         step: int,
-        tensors: Mapping[str, Tensor | Shard],
+        tensors: Mapping[str, Tensor | Shard | tuple[Shard, ...]],
         values: Mapping[str, Any],
         *,
         rank_values: Mapping[str, Any] | None = None,
