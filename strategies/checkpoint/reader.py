@@ -11,14 +11,10 @@ links, sizes are compared before memory is taken, each chunk's crc32 before its 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import threading
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,34 +23,22 @@ from ..errors import CheckpointError, suggest
 from .divide import check_cover
 from .layout import (
     DTYPES,
-    MAX_HEADER,
     MAX_JSON,
     close_folder,
     count,
     info_of,
     num_bytes,
-    open_file,
     open_folder,
     read_manifest,
-    sizes,
     stored_shape,
 )
 from .state import join
+from .together import Alone, Ranks
+from .verified import LocalFile, VerifiedFile, Wanted
 from .writer import bytes_of
 
-_WORTH_A_THREAD = 4 * 2**20
-"""Bytes that are read on a second thread, at least."""
 VALUE_TENSORS = "value/"
 """Before the names of the tensors that were met inside values."""
-
-
-class Span(NamedTuple):
-    """Where a tensor's bytes lie in its file."""
-
-    code: str
-    shape: list[int]
-    start: int
-    end: int
 
 
 class Checkpoint:
@@ -123,19 +107,41 @@ class Checkpoint:
         Raises:
             CheckpointError: damage; or the saved tensor has no such part.
         """
-        entry = self._entry(name)
-        with torch.no_grad():
-            plain = out.detach()
-            if offset is None and list(plain.shape) != entry["shape"]:
-                raise CheckpointError(
-                    f"{self.path}: {name!r} has shape {entry['shape']} and was to be read into {list(plain.shape)}."
-                )
-            in_place = plain.dtype == DTYPES[entry["dtype"]][0] and plain.device.type == "cpu" and plain.is_contiguous()
-            if in_place and not plain.is_conj() and not plain.is_neg():
-                self._read(name, entry, offset, plain.shape, plain)
-            else:
-                plain.copy_(self._read(name, entry, offset, plain.shape))
+        self._fill([(name, out, offset)])
         return out
+
+    def read_many(self, wanted: Iterable[tuple[str, Tensor]]) -> None:
+        """Fill many tensors, each with the whole of what was saved under its name: every file in one pass, on two threads.
+
+        As `read_into` otherwise. What cannot be read in place is read one tensor at a time; nothing else takes memory.
+        """
+        self._fill((name, out, None) for name, out in wanted)
+
+    def _fill(self, wanted: Iterable[tuple[str, Tensor, Sequence[int] | None]]) -> None:
+        direct: dict[str, list[Wanted]] = {}
+        others: list[tuple[Mapping[str, Any], str, Tensor, Sequence[int] | None]] = []
+        with torch.no_grad():
+            for name, out, offset in wanted:
+                entry, plain = self._entry(name), out.detach()
+                if offset is None and list(plain.shape) != entry["shape"]:
+                    raise CheckpointError(
+                        f"{self.path}: {name!r} has shape {entry['shape']} and was to be read into {list(plain.shape)}."
+                    )
+                in_place = plain.dtype == DTYPES[entry["dtype"]][0] and plain.device.type == "cpu" and plain.is_contiguous()
+                spans = None
+                if in_place and not plain.is_conj() and not plain.is_neg():
+                    corner = [0] * plain.dim() if offset is None else list(offset)
+                    self._check_box(name, entry, corner, plain.shape)
+                    spans = self._spans(entry, corner, plain)
+                if spans is None:
+                    others.append((entry, name, plain, offset))
+                    continue
+                for file, span in spans:
+                    direct.setdefault(file, []).append(span)
+            for file, spans in direct.items():
+                self._file(file).read(spans)
+            for entry, name, plain, offset in others:
+                plain.copy_(self._read(name, entry, offset, plain.shape))
 
     def rank_names(self, rank: int) -> list[str]:
         return [n for n in self._of_rank("rank_tensors", rank) if not n.startswith(VALUE_TENSORS)]
@@ -149,7 +155,7 @@ class Checkpoint:
         """Read `files` (default: all) and return what is wrong with them, one sentence each; never raises for damage.
 
         Args:
-            full: compare sha256 as well as crc32.
+            full: compare sha256 as well as crc32, where a file has one.
         """
         found: list[str] = []
         for name in self.manifest["files"] if files is None else files:
@@ -170,6 +176,23 @@ class Checkpoint:
                 except CheckpointError as error:
                     found.append(str(error))
         return found
+
+    def require_whole(self, ranks: Ranks | None = None) -> None:
+        """Read every file that this process has not yet found whole, before anything is loaded (together: each rank a share).
+
+        Raises:
+            CheckpointError: damage, on all ranks.
+        """
+        ranks = ranks or Alone()
+        own = list(self.manifest["files"])[ranks.rank :: ranks.size]
+        try:
+            found = self.faults(files=[name for name in own if not self._file(name).known_whole()], full=False)
+        except CheckpointError as error:
+            found = [str(error)]
+        faults = [fault for faults in ranks.gather_json(found) for fault in faults]
+        if faults:
+            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+            raise CheckpointError(f"{faults[0]}{more} Nothing was loaded.")
 
     def close(self) -> None:
         for file in self._files.values():
@@ -227,7 +250,8 @@ class Checkpoint:
         if name not in self._files:
             if self._closed:
                 raise CheckpointError(f"{self.path} was closed; open it again to read from it.")
-            self._files[name] = VerifiedFile(self._folder, name, self.manifest["files"][name], self.path)
+            handle = LocalFile(self._folder, name, self.path)
+            self._files[name] = VerifiedFile(handle, name, self.manifest["files"][name], self.path)
         return self._files[name]
 
     def _check_pieces(self, name: str, entry: Mapping[str, Any]) -> None:
@@ -252,26 +276,50 @@ class Checkpoint:
         entry: Mapping[str, Any],
         offset: Sequence[int] | None,
         shape: Sequence[int] | None,
-        out: Tensor | None = None,
     ) -> Tensor:
-        self._check_pieces(name, entry)
         full = entry["shape"]
         offset = [0] * len(full) if offset is None else list(offset)
         shape = [f - o for f, o in zip(full, offset, strict=True)] if shape is None else list(shape)
-        if len(offset) != len(full) or any(o < 0 or n < 0 or o + n > f for o, n, f in zip(offset, shape, full, strict=True)):
-            raise CheckpointError(f"{self.path}: {name!r} has shape {full}; there is no slice of {shape} at {offset}.")
+        self._check_box(name, entry, offset, shape)
         try:
-            out = _empty(shape, DTYPES[entry["dtype"]][0]) if out is None else out
+            out = _empty(shape, DTYPES[entry["dtype"]][0])
         except (RuntimeError, TypeError) as error:  # no memory; or 0 elements in a shape that overflows
             raise CheckpointError(f"{self.path}: no memory for {name!r} of shape {shape}: {error}") from None
-        if count(shape) == 0:
+        spans = self._spans(entry, offset, out)
+        if spans is not None:
+            for file, span in spans:
+                self._file(file).read([span])
             return out
-        for piece in entry["pieces"]:
-            low = [max(o, p) for o, p in zip(offset, piece["offset"], strict=True)]
-            high = [min(o + n, p + m) for o, n, p, m in zip(offset, shape, piece["offset"], piece["shape"], strict=True)]
-            if all(a < b for a, b in zip(low, high, strict=True)):
-                self._copy(entry["dtype"], piece, low, high, offset, out)
+        for piece, low, high in _overlaps(entry, offset, shape):
+            self._copy(entry["dtype"], piece, low, high, offset, out)
         return out
+
+    def _check_box(self, name: str, entry: Mapping[str, Any], offset: Sequence[int], shape: Sequence[int]) -> None:
+        """Check the tensor's pieces, and that it has the box of `shape` at `offset`, before memory is taken."""
+        self._check_pieces(name, entry)
+        full = entry["shape"]
+        if len(offset) != len(full) or any(o < 0 or n < 0 or o + n > f for o, n, f in zip(offset, shape, full, strict=True)):
+            raise CheckpointError(
+                f"{self.path}: {name!r} has shape {full}; there is no slice of {list(shape)} at {list(offset)}."
+            )
+
+    def _spans(self, entry: Mapping[str, Any], offset: Sequence[int], out: Tensor) -> list[tuple[str, Wanted]] | None:
+        """Return which bytes of which files make up `out`, a box of the tensor, if each piece's share is in order in both.
+
+        That is so unless something is cut along another dimension than the first.
+        """
+        found: list[tuple[str, Wanted]] = []
+        shape = list(out.shape)
+        memory = bytes_of(out)
+        for piece, low, high in _overlaps(entry, offset, shape):
+            if not piece["shape"][1:] == shape[1:] == [h - a for a, h in zip(low[1:], high[1:], strict=True)]:
+                return None
+            row = num_bytes(entry["dtype"], shape[1:])
+            first, last = (low[0], high[0]) if shape else (0, 1)
+            skipped, at = (first - piece["offset"][0], first - offset[0]) if shape else (0, 0)
+            start = self._file(piece["file"]).header()[piece["key"]].start + skipped * row
+            found.append((piece["file"], Wanted(start, memory[at * row : (at + last - first) * row])))
+        return found
 
     def _copy(
         self, dtype: str, piece: Mapping[str, Any], low: list[int], high: list[int], at: Sequence[int], out: Tensor
@@ -280,9 +328,6 @@ class Checkpoint:
         file = self._file(piece["file"])
         start = file.header()[piece["key"]].start
         shape, corner = piece["shape"], piece["offset"]
-        if low == list(at) and [h - a for h, a in zip(high, at, strict=True)] == list(out.shape) == shape:
-            file.read_into(start, bytes_of(out))
-            return
         # Rows of dimension 0 lie one after the other: read those that are wanted, cut the rest in memory.
         first, last = (low[0] - corner[0], high[0] - corner[0]) if shape else (0, 1)
         rows = _empty([last - first, *shape[1:]], out.dtype)
@@ -295,6 +340,19 @@ class Checkpoint:
         flat_out[target] = flat_rows[box]
 
 
+def _overlaps(
+    entry: Mapping[str, Any], offset: Sequence[int], shape: Sequence[int]
+) -> Iterator[tuple[Mapping[str, Any], list[int], list[int]]]:
+    """Yield each piece that has a part of the box of `shape` at `offset`, and that part's corners in the whole tensor."""
+    if count(shape) == 0:
+        return
+    for piece in entry["pieces"]:
+        low = [max(o, p) for o, p in zip(offset, piece["offset"], strict=True)]
+        high = [min(o + n, p + m) for o, n, p, m in zip(offset, shape, piece["offset"], piece["shape"], strict=True)]
+        if all(a < b for a, b in zip(low, high, strict=True)):
+            yield piece, low, high
+
+
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return memory for a tensor. By way of bytes: torch.empty warns of some types, which is not the reader's business."""
     return torch.empty(count(shape) * dtype.itemsize, dtype=torch.uint8).view(dtype).view(list(shape))
@@ -303,167 +361,3 @@ def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def _as_bytes(tensor: Tensor, size: int) -> Tensor:
     """View a contiguous tensor as uint8 with one more dimension."""
     return tensor.reshape(-1).view(torch.uint8).view(*tensor.shape, size)
-
-
-class _Helper:
-    """Does one thing on another thread; `join` waits for it and raises what it raised."""
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(action,), name="drivetrain-read", daemon=True)
-        self._thread.start()
-
-    def _run(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except BaseException as error:
-            self._error = error
-
-    def join(self) -> None:
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-
-class VerifiedFile:
-    """A file whose bytes are handed out only after their chunk's crc32 was compared with the manifest's."""
-
-    def __init__(self, folder: int, name: str, entry: Mapping[str, Any], where: Path) -> None:
-        self._name, self._where = name, where
-        self._size: int = entry["bytes"]
-        self._chunk: int = entry["chunk"]
-        self._crc32: list[int] = entry["crc32"]
-        self._sha256: str = entry["sha256"]
-        self._header: dict[str, Span] | None = None
-        self._turn = threading.Lock()
-        self._kept: tuple[int, bytes | bytearray] = (-1, b"")  # the last chunk that was read in part: neighbours often share it
-        descriptor, size = open_file(folder, name, where)
-        self._raw = open(descriptor, "rb", buffering=0)  # noqa: SIM115  closed by `close`
-        if size != self._size:
-            self.close()
-            raise self._damaged(f"has {size:,} bytes, the manifest says {self._size:,}")
-
-    def close(self) -> None:
-        self._raw.close()
-
-    def read_into(self, start: int, target: memoryview) -> None:
-        """Fill `target` with the bytes from `start` on. Whole chunks go straight to their place."""
-        end = start + len(target)
-        if end > self._size:
-            raise self._damaged(f"ends at byte {self._size:,}, a tensor is said to end at {end:,}")
-        middle = (start + len(target) // 2) // self._chunk * self._chunk
-        if middle - start < _WORTH_A_THREAD:
-            self._read_range(start, target)
-            return
-        # Reading and checking leave Python to other threads: two are nearly twice as fast.
-        helper = _Helper(lambda: self._read_range(middle, target[middle - start :]))
-        try:
-            self._read_range(start, target[: middle - start])
-        finally:
-            helper.join()
-
-    def _read_range(self, start: int, target: memoryview) -> None:
-        position, end = start, start + len(target)
-        while position < end:
-            index = position // self._chunk
-            begin = index * self._chunk
-            stop = min(begin + self._chunk, self._size)
-            if position == begin and end >= stop:
-                part = target[begin - start : stop - start]
-                self._fill(begin, part)
-                self._check(index, part)
-            else:
-                kept = self._kept
-                if kept[0] != index:
-                    buffer = bytearray(stop - begin)
-                    self._fill(begin, memoryview(buffer))
-                    self._check(index, buffer)
-                    kept = self._kept = (index, buffer)
-                upto = min(stop, end)
-                target[position - start : upto - start] = kept[1][position - begin : upto - begin]
-            position = min(stop, end)
-
-    def read_all(self, limit: int) -> bytes:
-        if self._size > limit:
-            raise self._damaged(f"has {self._size:,} bytes, more than {limit:,}")
-        buffer = bytearray(self._size)
-        self.read_into(0, memoryview(buffer))
-        return bytes(buffer)
-
-    def verify(self, *, full: bool) -> None:
-        """Read the whole file and compare its checksums."""
-        whole = hashlib.sha256()
-        buffer = memoryview(bytearray(min(self._chunk, self._size)))
-        for index in range(len(self._crc32)):
-            begin = index * self._chunk
-            part = buffer[: min(self._chunk, self._size - begin)]
-            self._fill(begin, part)
-            self._check(index, part)
-            if full:
-                whole.update(part)
-        if full and whole.hexdigest() != self._sha256:
-            raise self._damaged(f"sha256 mismatch (expected {self._sha256[:12]}..., got {whole.hexdigest()[:12]}...)")
-
-    def header(self) -> dict[str, Span]:
-        """Return where each tensor of a safetensors file lies; the spans tile the file exactly."""
-        if self._header is None:
-            try:
-                self._header = self._parse()
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise self._damaged(f"is no safetensors file: {type(error).__name__}: {error}") from None
-        return self._header
-
-    def _parse(self) -> dict[str, Span]:
-        length = memoryview(bytearray(8))
-        self.read_into(0, length)
-        size = int.from_bytes(length, "little")
-        if size > min(MAX_HEADER, self._size - 8):
-            raise ValueError(f"its header is said to have {size:,} bytes, the file has {self._size:,}")
-        text = memoryview(bytearray(size))
-        self.read_into(8, text)
-        content = json.loads(bytes(text))
-        content.pop("__metadata__", None)
-        widths = {code: kind.itemsize for kind, code in DTYPES.values() if code}
-        spans: dict[str, Span] = {}
-        for key, entry in content.items():
-            start, end = sizes(entry["data_offsets"])
-            shape = sizes(entry["shape"])
-            if count(shape) * widths[entry["dtype"]] != end - start:
-                raise ValueError(f"{key!r}: {entry['dtype']} {shape} does not take {end - start} bytes")
-            spans[key] = Span(entry["dtype"], shape, start + 8 + size, end + 8 + size)
-        position = 8 + size
-        for span in sorted(spans.values(), key=lambda s: (s.start, s.end)):
-            if span.start != position:
-                raise ValueError(f"a tensor starts at byte {span.start:,}, the one before it ends at {position:,}")
-            position = span.end
-        if position != self._size:
-            raise ValueError(f"its tensors end at byte {position:,}, the file at {self._size:,}")
-        return spans
-
-    def _fill(self, position: int, target: memoryview) -> None:
-        while len(target):
-            try:
-                n = self._read_at(position, target)
-            except OSError as error:
-                raise self._damaged(f"cannot be read at byte {position:,}: {error.strerror}") from None
-            if not n:
-                raise self._damaged(f"ends at byte {position:,} instead of {self._size:,}")
-            position, target = position + n, target[n:]
-
-    def _read_at(self, position: int, target: memoryview) -> int:
-        if hasattr(os, "preadv"):  # moves no position that another thread relies on
-            return os.preadv(self._raw.fileno(), [target], position)
-        with self._turn:
-            self._raw.seek(position)
-            return self._raw.readinto(target) or 0
-
-    def _check(self, index: int, data: memoryview | bytearray) -> None:
-        got = zlib.crc32(data)
-        if got != self._crc32[index]:
-            begin = index * self._chunk
-            raise self._damaged(
-                f"crc32 mismatch in bytes {begin:,} to {begin + len(data):,} (expected {self._crc32[index]:08x}, got {got:08x})"
-            )
-
-    def _damaged(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self._where}: {self._name} {what}. The checkpoint is damaged; use an earlier one.")
