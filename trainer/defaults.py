@@ -106,7 +106,7 @@ def announce(trainer: Trainer) -> None:
     samples = trainer.train_loader.batch_samples
     batch = f"{samples * window.size} samples a step" if samples else f"{window.size} batches a step"
     resumed = f"step {trainer.progress.global_step}" if trainer.is_resumed else "new run"
-    asked = "asked for" if trainer.precision_asked is not None else "default"
+    asked = trainer.precision.reason or ("asked for" if trainer.precision_asked is not None else "default")
     items = [
         ("device", str(trainer.world.device), f"{ranks} process{'es' if ranks > 1 else ''}; {trainer.world.device_reason}"),
         ("strategy", trainer.strategy.name, accelerator.strategy_reason),

@@ -1,8 +1,8 @@
 """Precision: in which number formats a model computes. The base class is fp32 (or whatever the parameters are).
 
 A strategy carries one `Precision` and asks it, in this order: `available` (before anything is built), `convert` (the model,
-before it is sharded), `convert_input` (a batch), `autocast` (around the step), `scale` (the loss), `unscale_` (before clipping),
-`step` (the optimizer).
+before it is sharded), `sharded` (once it is), `convert_input` (a batch), `autocast` (around the step), `scale` (the loss),
+`unscale_` (before clipping), `step` (the optimizer).
 The base class does nothing at each of these points, and the accelerator does not even call what is not overridden.
 """
 
@@ -24,6 +24,7 @@ class Precision:
     param_dtype: torch.dtype | None = None  # what parameters are cast to by `convert`; None leaves them
     autocast_dtype: torch.dtype | None = None  # what `autocast` computes matmuls in; None means no autocast
     scales_loss: bool = False  # True where `scale`, `unscale_` and `step` do something (fp16)
+    reason: str = ""  # why this one, where the name that was asked for left it open; for the start-up lines
 
     def available(self, device: torch.device) -> str | None:
         """Return None where `device` can do this precision, else a sentence with the reason and the nearest that works."""
@@ -32,6 +33,9 @@ class Precision:
     def convert(self, model: nn.Module) -> nn.Module:
         """Cast or swap modules before the model is moved and sharded; return the model."""
         return model
+
+    def sharded(self, model: nn.Module) -> None:
+        """Take note that a strategy cut `model` up by fully_shard, after `convert`; collective if it needs to be."""
 
     def convert_input(self, data: Any) -> Any:
         """Return a batch with its floating tensors in the dtype of the parameters. Called only where `param_dtype` is set."""

@@ -13,15 +13,19 @@ Source: torchao.float8 (0.18); Micikevicius et al. 2022, arXiv:2209.05433.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from ..errors import UnknownName, suggest
+from ..errors import ConfigError, UnknownName, suggest
 from . import _torchao
 from .base import Precision
 from .linears import Choice, LinearPrecision, Matmul
+
+if TYPE_CHECKING:
+    from .float8_fsdp import Float8Gather
 
 __all__ = ["Float8AO", "Float8Recipe", "rowwise", "rowwise_gw_hp"]
 
@@ -37,12 +41,17 @@ class Float8Recipe(Choice):
         emulate: multiply in fp32 what was rounded to float8: to see the numerics on any device. None: only where the device
             cannot multiply float8.
         round_scales_to_power_of_2: None leaves it to the recipe (rowwise does).
-        skip, skip_first_and_last, min_features: which Linears; see `linears.Choice`.
+        fsdp_all_gather: under fsdp, weights are cast before they are gathered: a quarter of fp32's bytes, and the same products
+            bit for bit. Their scales come from one all-reduce after each optimizer step. Tensorwise only. See float8_fsdp.py.
+        config: a Float8LinearConfig of torchao's instead of `scaling`, `emulate`, the rounding and `fsdp_all_gather`.
+        skip, skip_first_and_last, min_features, filter: which Linears; see `linears.Choice`.
     """
 
     scaling: str = "tensorwise"
     emulate: bool | None = None
     round_scales_to_power_of_2: bool | None = None
+    fsdp_all_gather: bool = False
+    config: Any = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +59,27 @@ class Float8Recipe(Choice):
             raise UnknownName(
                 f"scaling={self.scaling!r} is no float8 recipe.{suggest(self.scaling, _SCALING)} Known: {', '.join(_SCALING)}."
             )
+        if self.config is not None:
+            self._read_config()
+        if self.fsdp_all_gather and self.scaling != "tensorwise":
+            raise ConfigError(
+                f"fsdp_all_gather was asked for with scaling={self.scaling!r}: a row's scale for one product is not that for the "
+                "other, so the weights are gathered as they are. Use scaling='tensorwise', or leave fsdp_all_gather out."
+            )
+
+    def _read_config(self) -> None:
+        if self.scaling != "tensorwise" or self.emulate is not None or self.round_scales_to_power_of_2 is not None:
+            raise ConfigError(
+                "Float8Recipe was given a config, and scaling, emulate or rounding, which are in it. Give one of them."
+            )
+        if type(self.config).__name__ != "Float8LinearConfig":
+            raise ConfigError(f"config must be a torchao.float8.Float8LinearConfig, got {self.config!r:.60}.")
+        casts = (self.config.cast_config_input, self.config.cast_config_weight, self.config.cast_config_grad_output)
+        rows = any("axiswise" in str(cast.scaling_granularity).lower() for cast in casts)
+        high = "disabled" in str(self.config.cast_config_input_for_grad_weight.scaling_type).lower()
+        object.__setattr__(self, "scaling", ("rowwise_with_gw_hp" if high else "rowwise") if rows else "tensorwise")
+        object.__setattr__(self, "emulate", self.config.emulate or None)
+        object.__setattr__(self, "fsdp_all_gather", self.fsdp_all_gather or self.config.enable_fsdp_float8_all_gather)
 
 
 class Float8AO(LinearPrecision):
@@ -68,6 +98,23 @@ class Float8AO(LinearPrecision):
         if self.recipe.scaling != "tensorwise":
             self.name = "fp8-ao-rowwise" if self.recipe.scaling == "rowwise" else "fp8-ao-rowwise-gw-hp"
         super().__init__(self.recipe, base)
+        self._gather: Float8Gather | None = None
+        self._gathered = 0
+
+    def sharded(self, model: nn.Module) -> None:
+        """Let fsdp gather the weights in float8, where the recipe says so."""
+        if self.recipe.fsdp_all_gather:
+            from .float8_fsdp import Float8Gather
+
+            self._gather = self._gather or Float8Gather(wanted_by=f"precision={self.name!r}")
+            self._gathered += self._gather.take(model)
+
+    def step(self, optimizer: Optimizer) -> bool:
+        """Step `optimizer`; the scales in which fsdp gathers are those of the new weights. Collective where it does."""
+        stepped = super().step(optimizer)
+        if self._gather is not None:
+            self._gather.precompute()
+        return stepped
 
     def device_reason(self, device: torch.device) -> str | None:
         """A CPU, or CUDA from compute capability 8.9 (rowwise: 9.0); with `emulate=True` any."""
@@ -92,11 +139,14 @@ class Float8AO(LinearPrecision):
     def make_matmul(self, device: torch.device) -> Matmul:
         recipe = self.recipe
         emulate = recipe.emulate if recipe.emulate is not None else not _multiplies_float8(device)
-        return Float8Matmul(recipe.scaling, emulate, recipe.round_scales_to_power_of_2, wanted_by=f"precision={self.name!r}")
+        return Float8Matmul(
+            recipe.scaling, emulate, recipe.round_scales_to_power_of_2, wanted_by=f"precision={self.name!r}", config=recipe.config
+        )
 
     def explain(self) -> str:
         emulated = self.recipe.emulate or (self.recipe.emulate is None and not _multiplies_float8(self._device))
-        return super().explain() + ("; emulated in fp32" if emulated else "")
+        gathered = f"; {self._gathered} weights gathered in float8" if self._gather is not None else ""
+        return super().explain() + gathered + ("; emulated in fp32" if emulated else "")
 
 
 class Float8Matmul:
@@ -104,13 +154,15 @@ class Float8Matmul:
 
     multiple = 16
 
-    def __init__(self, scaling: str, emulate: bool, power_of_2: bool | None, *, wanted_by: str) -> None:
+    def __init__(self, scaling: str, emulate: bool, power_of_2: bool | None, *, wanted_by: str, config: Any = None) -> None:
         float8 = _torchao.load("float8", wanted_by=wanted_by)
         linear = _torchao.load("float8.float8_linear", wanted_by=wanted_by)
         options: dict[str, Any] = {"emulate": emulate}
         if power_of_2 is not None:
             options["round_scales_to_power_of_2"] = power_of_2
-        self.config = replace(float8.Float8LinearConfig.from_recipe_name(scaling), **options)
+        # What is gathered is decided elsewhere: to the module of torchao that is asked below, the weights are plain.
+        options["enable_fsdp_float8_all_gather"] = False
+        self.config = replace(config or float8.Float8LinearConfig.from_recipe_name(scaling), **options)
         # The way from a config to that of the three products is in the constructor of torchao's module only.
         self.products = linear.Float8Linear(16, 16, bias=False, config=self.config, device="meta").linear_mm_config
         self.function = linear.matmul_with_hp_or_float8_args

@@ -32,7 +32,7 @@ from .base import Precision
 from .linears import Choice, Report, choose
 from .mixed import BF16Mixed
 
-__all__ = ["RECIPES", "Float8TE", "TERecipe", "block", "current", "mxfp8", "nvfp4"]
+__all__ = ["NEEDED", "RECIPES", "Float8TE", "TERecipe", "block", "current", "missing", "mxfp8", "nvfp4"]
 
 RECIPES: Mapping[str, tuple[str, str, str]] = {
     "delayed": ("DelayedScaling", "is_fp8_available", "fp8-te"),
@@ -42,7 +42,7 @@ RECIPES: Mapping[str, tuple[str, str, str]] = {
     "nvfp4": ("NVFP4BlockScaling", "is_nvfp4_available", "nvfp4-te"),
 }
 """scaling -> (TransformerEngine's class, its question whether the device can do it, our name)"""
-_NEEDED = "pip install 'drivetrain[te]' on a machine with CUDA, where it is built"
+NEEDED = "pip install 'drivetrain[te]' on a machine with CUDA, where it is built"
 _NEAREST = "Use precision='fp8-ao', which also runs on a CPU, or 'bf16-mixed'."
 
 
@@ -115,7 +115,7 @@ class Float8TE(Precision):
                 f"precision={self.name!r} was asked for on {device.type}, and TransformerEngine needs CUDA (float8 from compute "
                 f"capability 8.9, MXFP8 and NVFP4 from 10.0). {_NEAREST}"
             )
-        if reason := _missing(self.name):
+        if reason := missing(self.name):
             return reason
         te: Any = _load("transformer_engine.pytorch")
         works, reason = getattr(te, RECIPES[self.recipe.scaling][1])(return_reason=True)
@@ -286,14 +286,14 @@ def _without_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, 
     state.pop(f"{prefix}_extra_state", None)
 
 
-def _missing(name: str) -> str | None:
+def missing(name: str) -> str | None:
     """Return why TransformerEngine cannot be used, or None."""
     if importlib.util.find_spec("transformer_engine") is None:
-        return f"precision={name!r} needs transformer-engine, which is not installed: {_NEEDED}."
+        return f"precision={name!r} needs transformer-engine, which is not installed: {NEEDED}."
     if importlib.util.find_spec("transformer_engine_torch") is None:
         return (
             f"precision={name!r} needs transformer-engine with its part for torch; only its Python sources are installed. "
-            f"Install it: {_NEEDED}."
+            f"Install it: {NEEDED}."
         )
     return None
 
@@ -302,4 +302,4 @@ def _load(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as error:
-        raise MissingDependency(f"TransformerEngine cannot be used here ({error}). Install it: {_NEEDED}.") from error
+        raise MissingDependency(f"TransformerEngine cannot be used here ({error}). Install it: {NEEDED}.") from error

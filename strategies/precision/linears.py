@@ -54,11 +54,13 @@ class Choice:
             precision: they see the raw input and make the output, and are the most sensitive.
         min_features: Linears with fewer inputs or outputs are left alone. On an H100 float8 pays from about 1024 inputs and
             2048 outputs on (torchao/float8/README.md).
+        filter: (module, name) -> whether it may be converted; asked last. torchao's and Accelerate's `module_filter_func`.
     """
 
     skip: Sequence[str] = ()
     skip_first_and_last: bool = True
     min_features: int = 16
+    filter: Callable[[nn.Module, str], bool] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.skip, str):
@@ -149,7 +151,9 @@ def _reason(name: str, module: nn.Linear, choice: Choice, multiple: int, ends: s
         return f"{module.in_features}x{module.out_features}, not multiples of {multiple}"
     if min(module.in_features, module.out_features) < choice.min_features:
         return f"smaller than {choice.min_features}"
-    return "first and last" if name in ends else None
+    if name in ends:
+        return "first and last"
+    return None if choice.filter is None or choice.filter(module, name) else "the filter left it out"
 
 
 def _is_linear(module: nn.Module) -> bool:

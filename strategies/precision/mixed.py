@@ -38,17 +38,18 @@ class Autocast(AbstractContextManager["Autocast", None]):
     torch's own object remembers one previous state: nested in itself it would leave autocast switched on for good.
     """
 
-    __slots__ = ("_contexts", "_depth", "device_type", "dtype")
+    __slots__ = ("_contexts", "_depth", "cache_enabled", "device_type", "dtype")
 
-    def __init__(self, device_type: str, dtype: torch.dtype) -> None:
+    def __init__(self, device_type: str, dtype: torch.dtype, *, cache_enabled: bool | None = None) -> None:
         self.device_type = device_type
         self.dtype = dtype
-        self._contexts = [torch.autocast(device_type, dtype)]
+        self.cache_enabled = cache_enabled
+        self._contexts = [torch.autocast(device_type, dtype, cache_enabled=cache_enabled)]
         self._depth = 0
 
     def __enter__(self) -> Autocast:
         if self._depth == len(self._contexts):
-            self._contexts.append(torch.autocast(self.device_type, self.dtype))
+            self._contexts.append(torch.autocast(self.device_type, self.dtype, cache_enabled=self.cache_enabled))
         self._contexts[self._depth].__enter__()
         self._depth += 1
         return self
@@ -59,11 +60,16 @@ class Autocast(AbstractContextManager["Autocast", None]):
 
 
 class _Mixed(Precision):
-    """Autocast around the step; the parameters are left as they are."""
+    """Autocast around the step; the parameters are left as they are.
+
+    Args:
+        cache_enabled: whether autocast keeps the weights that it cast until the step is over; None is torch's own default.
+    """
 
     autocast_dtype: torch.dtype | None
 
-    def __init__(self) -> None:
+    def __init__(self, *, cache_enabled: bool | None = None) -> None:
+        self.cache_enabled = cache_enabled
         self._autocast: dict[str, Autocast] = {}
 
     def autocast(self, device: torch.device) -> Autocast:
@@ -71,7 +77,7 @@ class _Mixed(Precision):
         context = self._autocast.get(device.type)
         if context is None:
             assert self.autocast_dtype is not None
-            context = self._autocast[device.type] = Autocast(device.type, self.autocast_dtype)
+            context = self._autocast[device.type] = Autocast(device.type, self.autocast_dtype, cache_enabled=self.cache_enabled)
         return context
 
 
@@ -94,6 +100,7 @@ class FP16Mixed(_Mixed):
 
     Args:
         init_scale, growth_factor, backoff_factor, growth_interval: as torch.amp.GradScaler takes them.
+        cache_enabled: as torch.autocast takes it.
     """
 
     name = "fp16-mixed"
@@ -101,9 +108,15 @@ class FP16Mixed(_Mixed):
     scales_loss = True
 
     def __init__(
-        self, *, init_scale: float = 65536.0, growth_factor: float = 2.0, backoff_factor: float = 0.5, growth_interval: int = 2000
+        self,
+        *,
+        init_scale: float = 65536.0,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        cache_enabled: bool | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(cache_enabled=cache_enabled)
         self._options: dict[str, Any] = {
             "init_scale": init_scale,
             "growth_factor": growth_factor,
