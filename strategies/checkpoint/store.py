@@ -181,7 +181,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: another process has it.
         """
-        self._together.from_main("Opening", self._take)
+        self._together.from_main("Opening", self._take_and_clear)
 
     def unclaim(self) -> None:
         """Let other processes save in the folder, once no save is under way. The next save takes it again."""
@@ -209,11 +209,15 @@ class CheckpointStore:
         """Return what each rank holds where they differ; None where all hold the same, as in ddp."""
         return None if len({r["digest"] for r in reports}) == 1 else self._world.gather_json([list(u) for u in job.held])
 
-    def _open_temporary(self, step: int, needed: int) -> str:
+    def _take_and_clear(self) -> None:
+        """Take the folder and delete what killed saves left: also for a run that has nothing more to save."""
         self._take()
         for name in os.listdir(self.root):
             if name.startswith(TEMPORARY) and self.root / name not in _unfinished:
                 shutil.rmtree(self.root / name, ignore_errors=True)
+
+    def _open_temporary(self, step: int, needed: int) -> str:
+        self._take_and_clear()
         free = shutil.disk_usage(self.root).free
         if free < needed + _MARGIN:
             raise CheckpointError(
@@ -327,7 +331,7 @@ class CheckpointStore:
         """Read every file and return what is wrong, one sentence each; empty when it is whole.
 
         Args:
-            full: compare sha256 too; without it the crc32 of each chunk (about three times as fast).
+            full: compare the sha256 of the files that have one, too; without it only the crc32 of each chunk.
         """
         try:
             with Checkpoint(self._path_of(target)) as checkpoint:

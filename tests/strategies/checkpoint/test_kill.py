@@ -412,3 +412,12 @@ def test_a_folder_that_may_not_be_written_is_an_error_that_says_so(tmp_path: Pat
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"Saving step 1 in .*file/run failed: FileExistsError"):
         save(CheckpointStore(tmp_path / "file" / "run"), 1)
+
+
+def test_what_killed_saves_left_goes_when_a_run_takes_the_folder(tmp_path: Path) -> None:
+    """Also when it has nothing more to save: a run that was killed in its last save, and is resumed at its end."""
+    save(CheckpointStore(tmp_path), 1)
+    (tmp_path / ".tmp-step-00000002-0a1b2c3d").mkdir()
+    (tmp_path / ".tmp-step-00000002-0a1b2c3d" / "values.json").write_text("half")
+    CheckpointStore(tmp_path).claim()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "step-00000001"]
