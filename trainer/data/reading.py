@@ -366,23 +366,26 @@ def _leave_signals_to_the_trainer() -> None:
     ignored = [getattr(signal, name) for name in ("SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    if hasattr(signal, "sigtimedwait"):
         # SIGTERM cannot just be ignored: at its exit Python sends it to the workers that are left, and waits for them.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_obey_the_parent_only, name="sigterm", daemon=True).start()
+        threading.Thread(target=_obey_the_parent_only, args=(os.getppid(),), name="sigterm", daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
 
 
-def _obey_the_parent_only() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():  # pyright: ignore[reportAttributeAccessIssue]
-        pass
+def _obey_the_parent_only(parent: int) -> None:
+    # A trainer that was killed says nothing. torch's own workers look for that every 5 s, and only between two batches.
+    while os.getppid() == parent:
+        told = signal.sigtimedwait([signal.SIGTERM], 0.5)  # pyright: ignore[reportAttributeAccessIssue]
+        if told is not None and told.si_pid == parent:
+            break
     os._exit(0)
 
 
 @contextlib.contextmanager
 def signals_held_back() -> Iterator[None]:
     """Start workers inside: signals wait until they know what to ignore, and the trainer gets its own a moment later."""
-    if not hasattr(signal, "sigwaitinfo"):
+    if not hasattr(signal, "sigtimedwait"):
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
