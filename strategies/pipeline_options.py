@@ -1,0 +1,112 @@
+"""Pipeline: how a model is run as a pipeline, and the schedules that there are. See pipeline_parallel.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from .errors import ConfigError, unknown_name
+
+__all__ = ["SCHEDULES", "Pipeline", "make_pipeline"]
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    torch_name: str
+    looped: bool  # several stages on a rank
+    v_shaped: bool = False
+
+
+SCHEDULES: Mapping[str, _Schedule] = {
+    "gpipe": _Schedule("ScheduleGPipe", False),
+    "1f1b": _Schedule("Schedule1F1B", False),
+    "looped-bfs": _Schedule("ScheduleLoopedBFS", True),
+    "interleaved": _Schedule("ScheduleInterleaved1F1B", True),
+    "zero-bubble": _Schedule("ScheduleInterleavedZeroBubble", True),
+    "zbv": _Schedule("ScheduleZBVZeroBubble", True, True),
+    "dualpipev": _Schedule("ScheduleDualPipeV", True, True),
+}
+"""Name -> torch's class, and how stages lie on ranks. torch's own names ("Interleaved1F1B") are understood too."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How a model is run as a pipeline.
+
+    Args:
+        splits: the names of the modules at which a new stage begins (all stages but the first), or "auto": by cost.
+        schedule: one of `SCHEDULES`.
+        microbatches: chunks that a batch is cut into; "auto": two for each rank of pp.
+        stages_per_rank: "auto": 1, or 2 for the schedules that have several.
+        cost: (name, module) -> what a part costs, such as its measured time; by default its parameters, tables of embeddings
+            aside.
+    """
+
+    splits: Sequence[str] | str = "auto"
+    schedule: str = "1f1b"
+    microbatches: int | str = "auto"
+    stages_per_rank: int | str = "auto"
+    cost: Callable[[str, nn.Module], float] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", _schedule_name(self.schedule))
+        for name in ("microbatches", "stages_per_rank"):
+            value = getattr(self, name)
+            if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"Pipeline({name}={value!r}): expected a whole number of at least 1, or 'auto'.")
+        kind, n = SCHEDULES[self.schedule], self.stages_per_rank
+        if n != "auto" and ((not kind.looped and n != 1) or (kind.v_shaped and n != 2) or (kind.looped and n == 1)):
+            takes = "1" if not kind.looped else "2" if kind.v_shaped else "2 or more"
+            raise ConfigError(
+                f"Pipeline(schedule={self.schedule!r}, stages_per_rank={n}): that schedule has {takes} stage(s) on each rank. "
+                "Leave stages_per_rank out, or choose another schedule."
+            )
+        if isinstance(self.splits, str) and self.splits != "auto":
+            raise ConfigError(f"Pipeline(splits={self.splits!r}): expected 'auto' or a list of names of modules.")
+
+    def stages(self, ranks: int) -> int:
+        """Return how many stages there are on `ranks` ranks."""
+        each = self.stages_per_rank
+        return ranks * (each if isinstance(each, int) else 2 if SCHEDULES[self.schedule].looped else 1)
+
+    def chunks(self, ranks: int) -> int:
+        """Return how many chunks a batch is cut into on `ranks` ranks.
+
+        Raises:
+            ConfigError: a number that the schedule cannot run.
+        """
+        n = 2 * ranks if self.microbatches == "auto" else int(self.microbatches)
+        least = {"1f1b": ranks, "dualpipev": 2 * ranks}.get(self.schedule, 1)
+        if n < least:
+            raise ConfigError(
+                f"Pipeline(schedule={self.schedule!r}, microbatches={n}) on {ranks} ranks: it needs at least {least}. Raise "
+                "microbatches, or use schedule='gpipe'."
+            )
+        rounds = max(1, n // ranks)
+        if self.schedule in ("interleaved", "zero-bubble") and n % rounds:
+            raise ConfigError(
+                f"Pipeline(schedule={self.schedule!r}, microbatches={n}) on {ranks} ranks: they run in {rounds} rounds, which do "
+                f"not divide {n}. Use {n // ranks * ranks}."
+            )
+        return n
+
+
+def make_pipeline(option: Pipeline | str) -> Pipeline:
+    """Return the Pipeline of an option: one as it is, "auto", or the name of a schedule."""
+    if isinstance(option, Pipeline):
+        return option
+    if not isinstance(option, str):
+        raise ConfigError(
+            f"pipeline={option!r}: expected a Pipeline, 'auto', or the name of a schedule ({', '.join(SCHEDULES)})."
+        )
+    return Pipeline() if option == "auto" else Pipeline(schedule=option)
+
+
+def _schedule_name(name: str) -> str:
+    plain = str(name).lower().replace("_", "-")
+    for known, kind in SCHEDULES.items():
+        if plain in (known, kind.torch_name.lower(), kind.torch_name.lower().removeprefix("schedule")):
+            return known
+    raise unknown_name("schedule", str(name), SCHEDULES, where="for a pipeline")
