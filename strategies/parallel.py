@@ -10,11 +10,13 @@ Read `prepare_model` first.   Source: torch.distributed.tensor, torch.distribute
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import ConfigError
 from .fsdp import FSDPStrategy
@@ -134,6 +136,37 @@ class ParallelStrategy(FSDPStrategy):
         super().cut_up(sharded, {**units, **more}, shape=_Shape(name, model, self.parts) if self.parts else None)
         for part in self.parts:
             part.sharded(name, model)
+        if self.parts:
+            sharded.around = functools.partial(self._around, sharded)
+
+    def _around(self, sharded: Sharded, method: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what runs in the place of a step: each part has its say about what goes in, around it, and what comes out."""
+        parts = self.parts
+
+        @functools.wraps(step)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if sharded.depth > 1:  # called by another step, which is in all of this already
+                return step(*args, **kwargs)
+            with ExitStack() as stack:
+                for part in parts:
+                    args, kwargs = part.enter(sharded.model, method, step, args, kwargs)
+                    if (context := part.inside(method)) is not None:
+                        stack.enter_context(context)
+                output = step(*args, **kwargs)
+                for part in parts:
+                    if part.finishes:
+                        output = part.finish(output)
+            return output
+
+        return run
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """As without further axes, in the contexts that the parts want: what is recomputed is a forward pass."""
+        with ExitStack() as stack:
+            for part in self.parts:
+                if (context := part.inside(None)) is not None:
+                    stack.enter_context(context)
+            super().backward(loss, **kwargs)
 
     def mesh_of(self, path: str, module: nn.Module) -> DeviceMesh:
         for part in self.parts:

@@ -11,13 +11,16 @@ Each part has a file: tensor_parallel.py, context_parallel.py, expert_parallel.p
     mesh_of(path, module)        another mesh than "fsdp" for the parameters of a unit; experts have one
     units(name, model)           further units: modules that must be sharded on their own
     sharded(name, model)         all is cut up: what is set on its units
-    inside()                     a context in which every step and backward pass runs, or None
+    enter(model, method, step, args, kwargs)
+                                 a step begins: the arguments as this rank is to see them
+    inside(method)               a context in which a step runs, and (method None) a backward pass; or None
     finish(output)               what a step returned, made plain again
     explain()                    rows for the table
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +76,14 @@ class Part:
     def sharded(self, name: str, model: nn.Module) -> None:
         """Called when `model` is cut up."""
 
-    def inside(self) -> AbstractContextManager[Any] | None:
-        """A context around each step and each backward pass: a new one at each call."""
+    def enter(
+        self, model: nn.Module, method: str, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of `model.<method>`, which `step` is, as this rank is to see them; before `inside`."""
+        return args, kwargs
+
+    def inside(self, method: str | None) -> AbstractContextManager[Any] | None:
+        """A context around a step, or (method None) around a backward pass: a new one at each call."""
         return None
 
     def finish(self, output: Any) -> Any:

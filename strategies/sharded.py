@@ -54,6 +54,7 @@ class Sharded:
         whole: the parameters that every rank holds whole, by name.
         sends_buffers: whether buffers are rank 0's at each forward.
         depth: how many bound steps of it are running, one inside the other.
+        around: given (method, step), returns what runs in the step's place, between torch's hooks and ours.
         syncing: whether a backward pass reduces gradients.
         warm: whether the memory that parameters are gathered into was made outside of inference mode.
     """
@@ -70,6 +71,7 @@ class Sharded:
         self.syncing = True
         self.warm = False
         self._root_groups: list[Any] = []
+        self.around: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None
         self.whole = self._held_whole(ignored)
 
     @property
@@ -219,7 +221,8 @@ class Sharded:
         if isinstance(vars(model).get(method), _Step):
             return
         register_fsdp_forward_method(model, method)
-        setattr(model, method, _Step(self._run, vars(model)[method]))
+        step = vars(model)[method]
+        setattr(model, method, _Step(self._run, step if self.around is None else self.around(method, step)))
 
     def _run(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a step between torch's hooks. This frame is the only one of ours on the way to it."""
