@@ -6,13 +6,14 @@
     optimizer/<optimizer>                               JSON: the groups' options with their parameters' names, scalar state
 
 Names are those of the module that the user wrote, without a wrapper's prefix, so that every strategy can read what any other
-wrote. Loading checks everything first and copies last: a checkpoint of another model leaves the weights untouched.
+wrote. Loading checks names and shapes of everything first, and reads last, straight to its place: a checkpoint of another model
+leaves the weights untouched, and no second copy of the state is needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,19 +39,27 @@ class Source:
 
     source(name)                          the full tensor, on the CPU
     source(name, offset=..., shape=...)   the part of it of `shape` at `offset`
-    source.shape(name)                    its full shape, read from the manifest where there is one
+    source.shape(name), .dtype(name)      its full shape and type, read from the manifest where there is one
+    source.fill(pairs)                    each tensor of the pairs (name, tensor) gets the whole of that name: straight, one pass
 
     Wherever `read` is taken, a plain function of a name will do too: then pieces are cut from what it returns.
 
     Args:
         read: returns the full tensor of a name; with `sliced`, it takes `offset` and `shape` as well.
-        shape: returns the full shape of a name; by default the tensor is read for it.
+        shape, dtype: return the full shape and the type of a name; by default the tensor is read for it.
+        fill: fills many tensors; by default they are read one after the other, and copied.
     """
 
     def __init__(
-        self, read: Callable[..., Tensor], *, shape: Callable[[str], Sequence[int]] | None = None, sliced: bool = False
+        self,
+        read: Callable[..., Tensor],
+        *,
+        shape: Callable[[str], Sequence[int]] | None = None,
+        dtype: Callable[[str], torch.dtype] | None = None,
+        fill: Callable[[Iterable[tuple[str, Tensor]]], None] | None = None,
+        sliced: bool = False,
     ) -> None:
-        self._read, self._shape, self._sliced = read, shape, sliced
+        self._read, self._shape, self._dtype, self._fill, self._sliced = read, shape, dtype, fill, sliced
 
     @classmethod
     def of(cls, read: Callable[[str], Tensor]) -> Source:
@@ -65,6 +74,18 @@ class Source:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._read(name).shape if self._shape is None else self._shape(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._read(name).dtype if self._dtype is None else self._dtype(name)
+
+    def fill(self, pairs: Sequence[tuple[str, Tensor]]) -> None:
+        """Fill tensors in place. Where two are the same memory (tied weights), the later one's values are what is left."""
+        by_memory = {(t.device, t.data_ptr(), t.numel(), i if not t.numel() else None): (n, t) for i, (n, t) in enumerate(pairs)}
+        if self._fill is not None:
+            self._fill(by_memory.values())
+            return
+        for name, tensor in by_memory.values():
+            tensor.detach().copy_(self._read(name))
 
 
 Place = Callable[[Tensor, str, Source], Tensor]
@@ -93,7 +114,9 @@ def load_model_tensors(
         place: reads what one of ours is filled with; strategies that cut tensors up read pieces.
         before: called when the names and shapes were found to fit, before anything is copied. What it raises keeps the weights.
     Raises:
-        CheckpointError: names missing or in excess, or other shapes; nothing was copied then.
+        CheckpointError: names missing or in excess, or other shapes; nothing was copied then. Or damage is met while the tensors
+            are read, one after the other, straight into the model: what was read before it is loaded. Callers for whom
+            that matters check the files before (`Checkpoint.require_whole`).
     """
     own = model_tensors(models)
     source = Source.of(read)
@@ -102,8 +125,6 @@ def load_model_tensors(
     common = sorted(own.keys() & theirs)
     held = {n: source.shape(n) for n in common}
     shapes = [n for n in common if held[n] != tuple(own[n].shape)]
-    # Read before anything is copied: a file that is damaged leaves the weights as they are.
-    tensors = {} if strict and shapes else {n: place(own[n], n, source) for n in common if n not in shapes}
     if strict and (missing or excess or shapes):
         parts = [
             _listing("missing in the checkpoint", missing),
@@ -115,10 +136,18 @@ def load_model_tensors(
             "Build the same model, or load with strict=False to take what fits."
         )
     before()
+    fits = [n for n in common if n not in set(shapes)]
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+        source.fill([(n, own[n]) for n in fits if _is_plain(own[n])])
+        for name in fits:
+            if not _is_plain(own[name]):
+                own[name].copy_(place(own[name], name, source))
     return [*missing, *excess, *shapes]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds its values itself: nothing but the whole of what was saved can be what it is filled with."""
+    return cast(Any, type(tensor)).__torch_dispatch__ is cast(Any, Tensor).__torch_dispatch__
 
 
 def parameter_names(models: Mapping[str, nn.Module]) -> dict[int, str]:
@@ -179,14 +208,15 @@ def load_optimizer_state(
     """Give every optimizer its groups' options and its state back. `read` and `place` as in `load_model_tensors`.
 
     Raises:
-        CheckpointError: another optimizer class, other groups or other parameters; nothing was loaded then.
+        CheckpointError: another optimizer class, other groups or other parameters; nothing was loaded then. Damage: see there.
     """
     parameters = dict(_named(models))
     by_optimizer: dict[str, list[str]] = {}
     for name in names:
         if name.startswith("optimizer/"):
             by_optimizer.setdefault(name.split("/", 2)[1], []).append(name)
-    loads: list[tuple[Optimizer, dict[str, Any]]] = []
+    source = Source.of(read)
+    loads: list[tuple[Optimizer, dict[str, Any], list[_Slot]]] = []
     for optimizer_name, optimizer in optimizers.items():
         saved = values.get(f"optimizer/{optimizer_name}")
         if saved is None:
@@ -195,16 +225,46 @@ def load_optimizer_state(
                 f"The checkpoint holds no optimizer {optimizer_name!r}; it holds {held or 'none'}. "
                 "Return the same optimizers from configure_optimizers, or load the models only."
             )
-        loads.append(
-            (
-                optimizer,
-                _state_for(
-                    optimizer_name, optimizer, saved, by_optimizer.get(optimizer_name, []), Source.of(read), parameters, place
-                ),
-            )
-        )
-    for optimizer, state in loads:
+        own_names = by_optimizer.get(optimizer_name, [])
+        loads.append((optimizer, *_state_for(optimizer_name, optimizer, saved, own_names, parameters)))
+    for optimizer, state, slots in loads:
+        with torch.no_grad():
+            _read_state(slots, source, place)
         optimizer.load_state_dict(state)
+
+
+class _Slot(NamedTuple):
+    """Where one tensor of an optimizer's state goes: `holder[at]`. `live`: what stands there now."""
+
+    name: str
+    parameter: nn.Parameter
+    key: str
+    holder: Any
+    at: str | int
+    live: Any
+
+
+def _read_state(slots: Sequence[_Slot], source: Source, place: Place) -> None:
+    """Read the tensors of an optimizer's state: into those that it has, where they are alike, else into new ones."""
+    straight: list[tuple[str, Tensor]] = []
+    for slot in slots:
+        live, parameter = slot.live, slot.parameter
+        shape = source.shape(slot.name)
+        usable = isinstance(live, Tensor) and tuple(live.shape) == shape
+        if _is_plain(parameter) and (not usable or _is_plain(live)):
+            if not usable:
+                # Where Optimizer.load_state_dict will want it, so that nothing is held twice. Counters stay on the CPU.
+                device = "cpu" if slot.key == "step" else parameter.device
+                live = torch.empty(shape, dtype=source.dtype(slot.name), device=device)
+            straight.append((slot.name, live))
+        else:
+            read = place(parameter, slot.name, source)
+            if usable and type(read) is type(live) and (read.dtype, read.shape) == (live.dtype, live.shape):
+                live.copy_(read)
+            else:
+                live = read
+        slot.holder[slot.at] = live
+    source.fill(straight)
 
 
 def _state_for(
@@ -212,11 +272,9 @@ def _state_for(
     optimizer: Optimizer,
     saved: Mapping[str, Any],
     names: list[str],
-    source: Source,
     parameters: Mapping[str, nn.Parameter],
-    place: Place,
-) -> dict[str, Any]:
-    """Build what `Optimizer.load_state_dict` takes (parameters by number) from the named state."""
+) -> tuple[dict[str, Any], list[_Slot]]:
+    """Build what `Optimizer.load_state_dict` takes (parameters by number), and where in it which tensors are to be read."""
     groups = saved["param_groups"]
     if saved["class"] != type(optimizer).__name__ or len(groups) != len(optimizer.param_groups):
         raise CheckpointError(
@@ -225,6 +283,7 @@ def _state_for(
         )
     number = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state: dict[int, dict[str, Any]] = {}
+    slots: list[_Slot] = []
 
     def slot(parameter_name: str) -> dict[str, Any]:
         parameter = parameters.get(parameter_name)
@@ -240,12 +299,13 @@ def _state_for(
     for name in names:
         parameter_name, _, key = name.removeprefix(f"optimizer/{optimizer_name}/").rpartition("/")
         key, _, item = key.partition("#")
-        target = slot(parameter_name)
-        tensor = place(parameters[parameter_name], name, source)
+        target, parameter = slot(parameter_name), parameters[parameter_name]
+        live = optimizer.state.get(parameter, {}).get(key)
         if item:
-            target[key][int(item)] = tensor
+            live = live[int(item)] if isinstance(live, list) and len(live) > int(item) else None
+            slots.append(_Slot(name, parameter, key, target[key], int(item), live))
         else:
-            target[key] = tensor
+            slots.append(_Slot(name, parameter, key, target, key, live))
     packed = []
     for group, current in zip(groups, optimizer.param_groups, strict=True):
         wanted = [number[id(parameters[n])] for n in group["params"] if n in parameters and id(parameters[n]) in number]
@@ -257,7 +317,7 @@ def _state_for(
         # A tuple such as AdamW's betas is a list in JSON; torch keeps whatever it is given.
         options = {k: tuple(v) if isinstance(v, list) and isinstance(current.get(k), tuple) else v for k, v in group.items()}
         packed.append(options | {"params": [number[id(p)] for p in current["params"]]})
-    return {"state": state, "param_groups": packed}
+    return {"state": state, "param_groups": packed}, slots
 
 
 def _named(models: Mapping[str, nn.Module]) -> Iterable[tuple[str, nn.Parameter]]:

@@ -72,8 +72,10 @@ def restore(
     """Give everything its state back, except the random states (`restore_random`, last). Return what was skipped.
 
     Raises:
-        CheckpointError: the checkpoint is of another model, optimizer, number of schedulers, or lacks a provider's state.
+        CheckpointError: the checkpoint is damaged (every file is checked first), is of another model, optimizer, number of
+            schedulers, or lacks a provider's state. Nothing was loaded then.
     """
+    checkpoint.require_whole(accelerator.world)
     names = checkpoint.names()
     held = set(checkpoint.value_names())
     skipped: list[str] = []
@@ -146,8 +148,9 @@ def load_models(accelerator: Accelerator, checkpoint: Checkpoint) -> None:
     """Give the models their weights, and nothing else its state: for evaluation.
 
     Raises:
-        CheckpointError: the checkpoint is of another model.
+        CheckpointError: the checkpoint is damaged or of another model. Nothing was loaded then.
     """
+    checkpoint.require_whole(accelerator.world)
     for strategy, models, _ in _by_strategy(accelerator):
         names = [n for n in checkpoint.names() if n.startswith("model/")]
         strategy.load_state_tensors(models, {}, names, source_of(checkpoint), {})
@@ -155,7 +158,7 @@ def load_models(accelerator: Accelerator, checkpoint: Checkpoint) -> None:
 
 def source_of(checkpoint: Checkpoint) -> Source:
     """The tensors of `checkpoint`, of which a strategy may read pieces."""
-    return Source(checkpoint.tensor, shape=checkpoint.shape, sliced=True)
+    return Source(checkpoint.tensor, shape=checkpoint.shape, dtype=checkpoint.dtype, fill=checkpoint.read_many, sliced=True)
 
 
 def restore_random(checkpoint: Checkpoint, rank: int) -> list[str]:

@@ -14,7 +14,7 @@ manifest.json, format version 1:
     step          optimizer steps;  sequence: counts the commits of this folder, so the highest is the newest
     meta          what the caller gave: counters, plan, metrics, ...
     world_size, torch, drivetrain, saved_at (UTC)
-    files         name -> {bytes, sha256, chunk (bytes), crc32: [one per chunk]}
+    files         name -> {bytes, chunk (bytes), crc32: [one per chunk], sha256: of small files}
     tensors       name -> {dtype, shape, pieces: [{file, key, offset, shape}]}; the pieces tile the tensor
     aliases       name -> the name under which the same memory was saved
     rank_tensors  per rank: name -> as in tensors;  values, rank_values: the names of the JSON files, or null
@@ -189,7 +189,7 @@ def _check_manifest(content: dict[str, Any]) -> None:
         _need(_FILE.fullmatch(name) is not None and name != MANIFEST, f"file name {name!r}")
         chunks = -(-size_of(entry["bytes"]) // size_of(entry["chunk"], least=1))
         _need(len(entry["crc32"]) == chunks, f"{name}: {len(entry['crc32'])} checksums for {chunks} chunks")
-        _need(all(type(crc) is int for crc in entry["crc32"]) and isinstance(entry["sha256"], str), f"{name}: checksums")
+        _need(all(type(crc) is int for crc in entry["crc32"]) and isinstance(entry.get("sha256", ""), str), f"{name}: checksums")
     world_size = content["world_size"]
     _need(len(content["rank_tensors"]) == world_size == len(content["rank_values"]), "not one entry a rank")
     for table in (content["tensors"], *content["rank_tensors"]):

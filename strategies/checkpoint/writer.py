@@ -1,7 +1,7 @@
 """Files of a checkpoint: written once, checksummed on the way, on the disk when the call returns.
 
-Each `write_*` returns the file's entry in the manifest: {bytes, sha256, chunk, crc32}. Everything goes through `os.write`
-on a new file (O_EXCL): nothing that exists is ever written to.
+Each `write_*` returns the file's entry in the manifest: {bytes, chunk, crc32}, and sha256 for a small one. Everything goes
+through `os.write` on a new file (O_EXCL): nothing that exists is ever written to.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..errors import ConfigError
 from .layout import CHUNK, DTYPE_NAMES, NO_FOLDER, num_bytes, open_folder, stored_shape
 
 _BIG = 8 * 2**20
-"""Bytes of a file from which on its checksums are worth threads."""
+"""Bytes of a file from which on its crc32 is worth a thread, and its sha256 too slow."""
 _FLUSH = 32 * 2**20
 """Bytes after which the system is asked again to bring them to the disk."""
 _PART = 4 * 2**20
@@ -44,8 +44,9 @@ class FileWriter:
     """A new file that knows its checksums. `close` makes it durable and returns its entry in the manifest.
 
     Args:
-        size: bytes that are coming. A big file is checksummed on two threads beside the writing, and the system is asked to
-            bring it to the disk as it goes: a save takes about as long as write and fsync (tests/benchmarks/checkpoint.py).
+        size: bytes that are coming. A big file is checksummed on a thread beside the writing, and the system is asked to bring
+            it to the disk as it goes: a save takes about as long as write and fsync (tests/benchmarks/checkpoint.py). It has
+            no sha256, which would take longer than the disk: strategies/README.md says why that is enough.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -55,26 +56,26 @@ class FileWriter:
         self._descriptor = os.open(path, flags, 0o666)  # less the umask, as every other file of the user
         self._size = 0
         self._flushed = 0
-        self._sha256 = hashlib.sha256()
+        self._sha256 = hashlib.sha256() if size < _BIG else None
         self._crc32: list[int] = []
         self._open_chunk = 0  # bytes of the last chunk so far
-        self._threads = [_Beside(self._add_to_sha256), _Beside(self._add_to_crc32)] if size >= _BIG else []
+        self._beside = None if size < _BIG else _Beside(self._add_to_crc32)
 
     def write(self, data: memoryview) -> None:
         """Append bytes, which must not change before `close`."""
         start = 0
         while start < len(data):
             part = data[start : start + _PART]
-            if self._threads:
-                for thread in self._threads:
-                    thread.put(part)
+            if self._beside is not None:
+                self._beside.put(part)
             else:
-                self._add_to_sha256(part)
                 self._add_to_crc32(part)
+            if self._sha256 is not None:
+                self._sha256.update(part)
             self._write_all(part)
             self._size += len(part)
             start += len(part)
-            if self._threads and self._size - self._flushed >= _FLUSH:
+            if self._beside is not None and self._size - self._flushed >= _FLUSH:
                 start_writing_back(self._descriptor, self._flushed, self._size - self._flushed)
                 self._flushed = self._size
 
@@ -82,23 +83,21 @@ class FileWriter:
         try:
             # The fsync goes on while the last checksums are taken.
             os.fsync(self._descriptor)
-            for thread in self._threads:
-                thread.join()
+            if self._beside is not None:
+                self._beside.join()
         finally:
             self.abandon()
-        return {"bytes": self._size, "sha256": self._sha256.hexdigest(), "chunk": CHUNK, "crc32": self._crc32}
+        entry: dict[str, Any] = {"bytes": self._size, "chunk": CHUNK, "crc32": self._crc32}
+        return entry if self._sha256 is None else entry | {"sha256": self._sha256.hexdigest()}
 
     def abandon(self) -> None:
-        for thread in self._threads:
-            thread.stop()
+        if self._beside is not None:
+            self._beside.stop()
         os.close(self._descriptor)
 
     def _write_all(self, part: memoryview) -> None:
         while len(part):
             part = part[os.write(self._descriptor, part) :]
-
-    def _add_to_sha256(self, part: memoryview) -> None:
-        self._sha256.update(part)
 
     def _add_to_crc32(self, part: memoryview) -> None:
         start = 0
