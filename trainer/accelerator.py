@@ -66,6 +66,7 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         step_scheduler_with_optimizer: whether `scheduler.step()` waits for its optimizer; False steps at every call.
         project_dir: where `save_state()` without a path and the trackers write.
         log_with: names or objects of loggers for `init_trackers`.
+        kwargs_handlers: Accelerate's words for options of the precision, of ddp, ...; see kwargs_handlers.py.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         dataloader_config: DataLoaderConfiguration | None = None,
         project_dir: str | Path | None = None,
         log_with: Any = (),
+        kwargs_handlers: Sequence[Any] | None = None,
         seed: int | None = None,
         nonfinite: str = "raise",
         step_scheduler_with_optimizer: bool = True,
@@ -94,10 +96,22 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         configuration.check_choice("nonfinite", nonfinite, ("raise", "skip", "ignore"))
         configuration.check_at_least("gradient_accumulation_steps", gradient_accumulation_steps, 1)
         self._owns_world = world is None
+        handled = None
+        if kwargs_handlers:
+            from .kwargs_handlers import apply
+
+            handled = apply(kwargs_handlers, strategy, precision)
+            strategy, precision = handled.strategy, handled.precision
         chosen = None if precision is None else make_precision(precision)
         if world is None:
-            world = World.start(device, need_group=configuration.needs_group(strategy, models, plan))
+            options = {} if handled is None else handled.world_options()
+            world = World.start(device, need_group=configuration.needs_group(strategy, models, plan), **options)
+            if chosen is not None and chosen.reason and world.is_main:
+                print(f"precision {chosen.name}: {chosen.reason}", flush=True)
         self.world = world
+        if handled is not None:
+            handled.check_backend(world.backend)
+            self.profile_options = handled.profile
         self.strategy, self.strategy_reason = configuration.choose_strategy(strategy, world, chosen, plan)
         self.strategy.start(self.world)
         self.strategies = configuration.start_strategies(models, self.world, chosen)

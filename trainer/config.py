@@ -40,7 +40,6 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
 _LOADER = "Give it to dataloader_config=DataLoaderConfiguration(...)."
 ELSEWHERE: Mapping[str, Mapping[str, str]] = {
     "Accelerator": {
-        "kwargs_handlers": "Options belong to the object that they are of: strategy=DDPStrategy(...), precision=FP16Mixed(...).",
         "gradient_accumulation_plugin": "Write gradient_accumulation_steps=n; the last window of an epoch always steps.",
         "fsdp_plugin": "Write strategy='fsdp', or strategy=FSDPStrategy(...) with its options.",
         "dynamo_backend": "Compile the model yourself before prepare: model.compile().",

@@ -36,6 +36,7 @@ class Trackers:
     log_with: Any = ()
     _tracking: Tracking | None = None
     _logged_steps: int = 0
+    profile_options: Any = None  # a ProfileKwargs, if one was given
 
     def init_trackers(
         self, project_name: str, config: Mapping[str, Any] | None = None, init_kwargs: Mapping[str, Any] | None = None
@@ -106,6 +107,9 @@ class Trackers:
             ...
             profiler.step()
         """
+        if self.profile_options is not None and output_trace_dir is None and not options:
+            options = self.profile_options.options()
+            output_trace_dir = options.pop("output_trace_dir", None)
         with torch.profiler.profile(**options) as profiler:
             yield profiler
         if output_trace_dir is not None:

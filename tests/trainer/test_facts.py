@@ -162,7 +162,6 @@ def test_none_means_the_default_where_lightning_writes_it(tmp_path: Path) -> Non
     [
         (Trainer, {"sync_batchnorm": True}, "DDPStrategy(sync_batchnorm=True)"),
         (Trainer, {"reload_dataloaders_every_n_epochs": 1}, "set_epoch"),
-        (Accelerator, {"kwargs_handlers": [object()]}, "strategy=DDPStrategy(...)"),
         (Accelerator, {"split_batches": True}, "dataloader_config=DataLoaderConfiguration(...)"),
     ],
 )

@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     from drivetrain.strategies.precision.base import Precision
     from drivetrain.trainer.accelerator import Accelerator
     from drivetrain.trainer.data.config import DataLoaderConfiguration
+    from drivetrain.trainer.kwargs_handlers import (
+        AORecipeKwargs,
+        AutocastKwargs,
+        DistributedDataParallelKwargs,
+        FP8RecipeKwargs,
+        GradScalerKwargs,
+        InitProcessGroupKwargs,
+        MSAMPRecipeKwargs,
+        ProfileKwargs,
+        TERecipeKwargs,
+    )
     from drivetrain.trainer.launch.function import launch
     from drivetrain.trainer.module import TrainingModule
     from drivetrain.trainer.seed import seed_everything
@@ -31,22 +42,31 @@ __version__ = "0.1.0"
 
 # name -> the module that holds it. The layers are drivetrain.strategies < drivetrain.callbacks < drivetrain.trainer.
 _HOMES = {
+    "AORecipeKwargs": "drivetrain.trainer.kwargs_handlers",
     "Accelerator": "drivetrain.trainer.accelerator",
+    "AutocastKwargs": "drivetrain.trainer.kwargs_handlers",
     "Callback": "drivetrain.callbacks.base",
     "Checkpoint": "drivetrain.callbacks.checkpoint",
     "DDPStrategy": "drivetrain.strategies.ddp",
     "DataLoaderConfiguration": "drivetrain.trainer.data.config",
+    "DistributedDataParallelKwargs": "drivetrain.trainer.kwargs_handlers",
     "EarlyStopping": "drivetrain.callbacks.early_stopping",
+    "FP8RecipeKwargs": "drivetrain.trainer.kwargs_handlers",
     "FSDPStrategy": "drivetrain.strategies.fsdp",
+    "GradScalerKwargs": "drivetrain.trainer.kwargs_handlers",
     "HSDPStrategy": "drivetrain.strategies.fsdp",
     "Health": "drivetrain.callbacks.health",
+    "InitProcessGroupKwargs": "drivetrain.trainer.kwargs_handlers",
     "LearningRateMonitor": "drivetrain.callbacks.learning_rate",
     "Logger": "drivetrain.callbacks.loggers.base",
+    "MSAMPRecipeKwargs": "drivetrain.trainer.kwargs_handlers",
     "MuonAdamW": "drivetrain.strategies.muon",
     "ParallelPlan": "drivetrain.strategies.mesh",
     "Precision": "drivetrain.strategies.precision.base",
     "Preemption": "drivetrain.callbacks.preemption",
+    "ProfileKwargs": "drivetrain.trainer.kwargs_handlers",
     "Strategy": "drivetrain.strategies.base",
+    "TERecipeKwargs": "drivetrain.trainer.kwargs_handlers",
     "Trainer": "drivetrain.trainer.trainer",
     "TrainingModule": "drivetrain.trainer.module",
     "Watchdog": "drivetrain.callbacks.watchdog",
@@ -58,22 +78,31 @@ _HOMES = {
 _FOLDERS = ("callbacks", "strategies", "trainer")
 
 __all__ = [
+    "AORecipeKwargs",
     "Accelerator",
+    "AutocastKwargs",
     "Callback",
     "Checkpoint",
     "DDPStrategy",
     "DataLoaderConfiguration",
+    "DistributedDataParallelKwargs",
     "EarlyStopping",
+    "FP8RecipeKwargs",
     "FSDPStrategy",
+    "GradScalerKwargs",
     "HSDPStrategy",
     "Health",
+    "InitProcessGroupKwargs",
     "LearningRateMonitor",
     "Logger",
+    "MSAMPRecipeKwargs",
     "MuonAdamW",
     "ParallelPlan",
     "Precision",
     "Preemption",
+    "ProfileKwargs",
     "Strategy",
+    "TERecipeKwargs",
     "Trainer",
     "TrainingModule",
     "Watchdog",
