@@ -137,6 +137,17 @@ def test_two_ranks_train_near_one(ranks: Any, tmp_path: Path) -> None:
     assert [(a + b) / 2 for a, b in zip(first, second, strict=True)] == pytest.approx(single, abs=5e-3)
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # torch's own, of any module whose step returns a view
+def test_sharded_parameters_are_refused(ranks: Any, tmp_path: Path) -> None:
+    def one_rank() -> str:
+        with pytest.raises(ConfigError) as refusal:
+            train("fp32", tmp_path, steps=1, batch_size=4, strategy="fsdp", model=TinyGPT(partial(LowBitAdamW, lr=3e-3)))
+        return str(refusal.value)
+
+    for told in ranks(2, one_rank):
+        assert "these are sharded. Use it under 'single' or 'ddp'" in told
+
+
 def test_an_unknown_format_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"bits=2 is no format.*8, 4, 'fp8', 32"):
         LowBitAdamW(nn.Linear(2, 2).parameters(), bits=2)
