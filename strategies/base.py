@@ -31,6 +31,7 @@ from .registry import PRECISION_ALIASES, PRECISIONS, find, find_strategy
 
 if TYPE_CHECKING:
     from .mesh import ParallelPlan
+    from .pipeline_parallel import PipelinedModel
     from .world import World
 
 __all__ = ["Strategy", "make_precision", "make_strategy"]
@@ -177,6 +178,10 @@ class Strategy:
         `model` is the user's module. Called once per step method, not per step.
         """
         return getattr(model, method)
+
+    def pipeline_of(self, model: nn.Module) -> PipelinedModel | None:
+        """Return what runs the user's `model` in stages, where it is never called as a whole; else None."""
+        return None
 
     # -- one micro-batch ----------------------------------------------------------------------------------------------
     def set_gradient_sync(self, models: Iterable[nn.Module], enabled: bool) -> None:

@@ -30,6 +30,7 @@ from .contract_models import MODELS
 from .errors import ConfigError, DrivetrainError
 
 if TYPE_CHECKING:
+    from .pipeline_chunks import Chunk
     from .precision.base import Precision
     from .world import World
 
@@ -269,9 +270,13 @@ def _one_step(
         mine = {key: value.tensor_split(count)[rank].to(strategy.device) for key, value in micro.items()}
         if strategy.reduces_gradients:
             strategy.set_gradient_sync(list(prepared.values()), i == len(window) - 1)
+        weight = strategy.loss_ranks / items
+        if any(strategy.pipeline_of(model) is not None for model in models.values()):
+            total += sum(_pipelined(strategy, model, mine, weight) for model in models.values())
+            continue
         with strategy.precision.autocast(strategy.device) if strategy.precision is not None else nullcontext():
             loss = torch.stack([step(mine, True) for step in steps]).sum()
-        strategy.backward(loss * (strategy.loss_ranks / items))
+        strategy.backward(loss * weight)
         total += loss.detach().to("cpu", torch.float64)
     for model, optimizer in zip(models.values(), optimizers, strict=True):
         parameters = list(model.parameters())
@@ -282,6 +287,23 @@ def _one_step(
     if strategy.loss_ranks > 1:
         total = world.all_reduce(total * 0 if world.is_duplicate else total)
     return float(total) / items
+
+
+def _pipelined(strategy: Strategy, model: Any, batch: Mapping[str, Tensor], weight: float) -> Tensor:
+    """Forward and backward of a model in stages, of which the last has the loss; return it, summed."""
+    pipe = strategy.pipeline_of(model)
+    assert pipe is not None
+    kept: list[Tensor] = []
+
+    def loss_of(logits: Tensor, chunk: Chunk) -> Tensor:
+        loss = model.loss(logits, chunk.batch, True) * (chunk.samples > 0)
+        kept.append(loss.detach())
+        return loss * weight
+
+    pipe.run(batch, loss_of, backward=True)
+    return pipe.share(
+        torch.stack(kept).sum().to(torch.float64) if kept else torch.zeros((), dtype=torch.float64, device=strategy.device)
+    ).cpu()
 
 
 def check_strategy(make: Callable[[], Strategy], world: World, *, cases: Sequence[Case] = CASES) -> list[Result]:

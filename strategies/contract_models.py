@@ -9,9 +9,11 @@ is both. They are written as users write them, and so that tensor parallel can c
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +136,14 @@ class Llama(Learner):
             hidden = layer(hidden, positions)
         return self.output(self.norm(hidden))
 
+    def pipeline_parts(self) -> list[Any]:
+        """The modules in order; a layer alone does not know its positions."""
+        layers = [(f"layers.{i}", functools.partial(self._one_layer, i)) for i in range(len(self.layers))]
+        return ["tok_embeddings", *layers, "norm", "output"]
+
+    def _one_layer(self, index: int, hidden: Tensor) -> Tensor:
+        return self.layers[index](hidden, torch.arange(hidden.shape[1], device=hidden.device))
+
 
 def rotate(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
     """Turn pairs of features of x (samples, heads, length, head_dim) by angles that grow with `positions` (length,)."""
@@ -182,10 +192,16 @@ class GPT(Learner):
         _initialise(self, seed, _spread)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.wte(x) + self.wpe(torch.arange(x.shape[1], device=x.device))
+        hidden = self._embed(x)
         for block in self.h:
             hidden = block(hidden)
         return self.lm_head(self.ln_f(hidden))
+
+    def _embed(self, x: Tensor) -> Tensor:
+        return self.wte(x) + self.wpe(torch.arange(x.shape[1], device=x.device))
+
+    def pipeline_parts(self) -> list[Any]:
+        return [(("wte", "wpe"), self._embed), "h", "ln_f", "lm_head"]
 
 
 # -- images -----------------------------------------------------------------------------------------------------------------
@@ -205,6 +221,12 @@ class ConvNet(Learner):
         x = F.relu(self.first_norm(self.first(x)))
         x = F.avg_pool2d(F.relu(self.second_norm(self.second(x))), IMAGE // 2)  # (samples, channels, 2, 2)
         return self.head(x.flatten(2).transpose(1, 2))
+
+    def pipeline_parts(self) -> list[Any]:
+        def pool(x: Tensor) -> Tensor:
+            return F.avg_pool2d(x, IMAGE // 2).flatten(2).transpose(1, 2)
+
+        return ["first", "first_norm", F.relu, "second", "second_norm", F.relu, pool, "head"]
 
 
 # -- what the suite takes ---------------------------------------------------------------------------------------------------

@@ -37,18 +37,26 @@ def locals_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return [g for g in grads if g.numel()]
 
 
-def norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+def norm(
+    grads: Sequence[Tensor],
+    norm_type: float = 2.0,
+    *,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """Return the joint norm over all ranks: 0-d, float64 for float64 gradients, else float32; the same on all ranks.
 
-    Collective: one all-reduce of a number for each way in which the gradients are cut.
+    Collective: one all-reduce of a number for each way in which the gradients are cut, and one over `group`.
+    Args:
+        group: the stages of a pipeline, each with gradients of its own, maybe none; `device` is where they meet.
     """
     by_cut: dict[Any, list[Any]] = {}
     for grad in grads:
         cut = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
         by_cut.setdefault(cut, []).append(grad)
-    if not by_cut:
+    if not by_cut and group is None:
         return torch.zeros(())
-    device = local(grads[0]).device
+    device = local(grads[0]).device if grads else torch.device("cpu") if device is None else device
     wide = torch.float32 if device.type == "mps" else torch.float64
     powers: list[Tensor] = []
     for cut, some in by_cut.items():
@@ -67,8 +75,12 @@ def norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
                 dist.all_reduce(power, op, group=some[0].device_mesh.get_group(axis))
         powers.append(power)
     kind = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-    together = torch.stack(powers)
-    total = together.max() if math.isinf(norm_type) else together.sum() ** (1.0 / norm_type)
+    together = torch.stack(powers) if powers else torch.zeros(1, dtype=wide, device=device)
+    total = together.max() if math.isinf(norm_type) else together.sum()
+    if group is not None:
+        dist.all_reduce(total, dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM, group=group)
+    if not math.isinf(norm_type):
+        total = total ** (1.0 / norm_type)
     return total.to(kind)
 
 

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .fsdp import FSDPStrategy
 from .mesh import ParallelPlan
 from .parts import Part
+from .pipeline_strategy import PipelineStrategy
 from .registry import AXIS_WORDS, load
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ PARTS: Mapping[str, tuple[str, str]] = {
 """Axis -> (the option of ParallelStrategy about it, what makes its `Part` of that option), in the order of preparing a model."""
 
 
-class ParallelStrategy(FSDPStrategy):
+class ParallelStrategy(PipelineStrategy):
     """The model spread over the axes of a plan.
 
     Args:
@@ -65,10 +65,9 @@ class ParallelStrategy(FSDPStrategy):
         expert_parallel: Any = "auto",
         **fsdp: Any,
     ) -> None:
-        super().__init__(plan=plan, **fsdp)
+        super().__init__(plan=plan, pipeline=pipeline, **fsdp)
         self.tensor_parallel = tensor_parallel
         self.context_parallel = context_parallel
-        self.pipeline = pipeline
         self.expert_parallel = expert_parallel
         self.parts: list[Part] = []
 

@@ -50,6 +50,7 @@ class _Running:
     sharded: list[Sharded]
     schedule: Any = None
     inside: Callable[[], AbstractContextManager[Any]] | None = None
+    after: Callable[[Sequence[Sharded]], None] | None = None
     loss_of: Callable[[Any, Chunk], Tensor] | None = None
     failed: bool = field(default=False)
 
@@ -75,13 +76,17 @@ class PipelinedModel:
         self.num_stages, self.num_chunks = options.stages(self.ranks), options.chunks(self.ranks)
         _check_model(name, model)
         chain = find_chain(model)
-        costs = [options.cost(k.name, model.get_submodule(k.name)) if options.cost else cost_of(model, k) for k in chain]
+        given = options.cost
+        costs = [
+            cost_of(model, link) if given is None else sum(given(part, model.get_submodule(part)) for part in link.names)
+            for link in chain
+        ]
         named = not isinstance(options.splits, str)
         self.starts = split_at(chain, list(options.splits), self.num_stages) if named else cut(costs, self.num_stages)
         self.reason = "as asked for" if named else "chosen: " + ("by the cost given" if options.cost else "by parameters")
         check_ties(model, chain, self.starts)
         links = [chain[a:b] for a, b in zip(self.starts, [*self.starts[1:], len(chain)], strict=True)]
-        self.names = [[link.name for link in some if link.name] for some in links]
+        self.names = [list(dict.fromkeys(name for link in some for name in link.names)) for some in links]
         total = sum(costs) or 1.0
         self.shares = [sum(costs[a : a + len(k)]) / total for a, k in zip(self.starts, links, strict=True)]
         self.place = {stage: self._rank_of(stage) for stage in range(self.num_stages)}
@@ -109,12 +114,14 @@ class PipelinedModel:
         *,
         autocast: Callable[[], Any] | None = None,
         inside: Callable[[], AbstractContextManager[Any]] | None = None,
+        after: Callable[[Sequence[Sharded]], None] | None = None,
     ) -> None:
         """Take the stages as they were sharded, in the order of `modules`, and make the schedule.
 
         Args:
             autocast: makes the context in which stages and the loss run.
             inside: makes a context around each run, backward passes too.
+            after: called with the stages when the backward passes of a batch are done.
         """
         import torch.distributed.pipelining.schedules as torchs
 
@@ -128,7 +135,7 @@ class PipelinedModel:
         stages = [
             Stage(module, module.index, self.num_stages, self.device, self.group, dict(self.place)) for module in self.modules
         ]
-        running = self._running = _Running(stages, list(sharded), inside=inside)
+        running = self._running = _Running(stages, list(sharded), inside=inside, after=after)
         for one in running.sharded:
             one.root._get_fsdp_state()._lazy_init()  # torch's looped schedules gather before the first forward
         if any(p.requires_grad for p in self.model.parameters()):
@@ -154,7 +161,6 @@ class PipelinedModel:
         loss_of: Callable[[Any, Chunk], Any] | None = None,
         *,
         backward: bool,
-        each: Callable[[int], None] | None = None,
     ) -> list[Any]:
         """Run `batch` through the pipeline; every rank of it calls this with the same batch. Collective.
 
@@ -185,6 +191,8 @@ class PipelinedModel:
                     )
                 else:
                     self._forward_only(running, chunks, loss_of, results)
+                if backward and running.after is not None:
+                    running.after(running.sharded)
             for stage in running.stages:
                 stage.end()
         except BaseException:

@@ -1,13 +1,15 @@
 """A model as a chain of modules, and the chain cut into stages for a pipeline.
 
-    find_chain(model)      the links in the order in which the data pass them: [Link("net.embed"), Link("net.layers.0"), ...]
+    find_chain(model)      the links in the order in which the data pass them: [Link(("embed",)), Link(("layers.0",)), ...]
     cut(chain, costs, n)   where each of n stages begins, so that the costliest one costs least
     free(model, elsewhere) the parameters of other ranks' stages become placeholders without memory (the meta device)
 How the chain is found, by the first of these that there is:
     1. `pipeline_parts()` of the model, or of a module that its forward passes through: names of modules in order, lists of blocks
-       by their own name, and (name, function) where a module is not simply called with what the one before it returned:
+       by their own name, and (name, function) or ((name, name), function) where a module is not simply called with what the one
+       before it returned:
            def pipeline_parts(self):
-               return ["embed", *((f"layers.{i}", partial(self.run_layer, i)) for i in range(len(self.layers))), "norm", "head"]
+               layers = [(f"layers.{i}", partial(self.run_layer, i)) for i in range(len(self.layers))]
+               return [(("tokens", "positions"), self.embed), *layers, "norm", "head"]
     2. an nn.Sequential is its children.
     3. The forward is run once with a stand-in for the data and one for every module: a chain is a forward that hands each
        module just what the one before returned, and returns the last one's. Stand-ins can do nothing else: a residual, a
@@ -38,11 +40,11 @@ class Link:
     """One link of the chain.
 
     Attributes:
-        name: the path of the module whose parameters it uses; empty for a function that has none.
+        names: the paths of the modules whose parameters it uses; none for a function that has no parameters.
         call: what is called with the output of the link before; None: the module itself.
     """
 
-    name: str
+    names: tuple[str, ...]
     call: Callable[..., Any] | None = None
 
 
@@ -94,7 +96,7 @@ def _expand(path: str, module: nn.Module, units: set[int]) -> list[Link] | str:
         links = _expand(where, child, units) if opens and not _has_hooks(child) else ""
         if isinstance(links, str) and len(names) == 1 and links:
             return links
-        found += [Link(where)] if isinstance(links, str) else links
+        found += [Link((where,))] if isinstance(links, str) else links
     return found
 
 
@@ -118,16 +120,18 @@ def _declared(path: str, module: nn.Module, parts: Iterable[Any]) -> Iterable[Li
         elif isinstance(part, nn.Module):
             name = paths.get(id(part))
         elif not isinstance(part, str) and callable(part):
-            yield Link("", part)
+            yield Link((), part)
             continue
-        if not isinstance(name, str) or name not in known or not name or not (call is None or callable(call)):
+        names = (name,) if isinstance(name, str) else tuple(name) if isinstance(name, tuple | list) else ("",)
+        bad = [n for n in names if not isinstance(n, str) or not n or n not in known]
+        if bad or not names or not (callable(call) if len(names) > 1 else call is None or callable(call)):
             raise ConfigError(
                 f"{_word(path, module)}.pipeline_parts() named {part!r:.80}, which is no module of it."
-                f"{suggest(name, known) if isinstance(name, str) else ''} Return names of modules, or (name, function)."
+                f"{suggest(str(bad[0]), known) if bad and bad[0] else ''} Return names of modules, or (name, function)."
             )
-        where = f"{path}.{name}" if path else name
-        if call is None and isinstance(known[name], _LISTS):
-            yield from (Link(f"{where}.{key}") for key, _ in known[name].named_children())
+        where = tuple(f"{path}.{n}" if path else n for n in names)
+        if call is None and isinstance(known[names[0]], _LISTS):
+            yield from (Link((f"{where[0]}.{key}",)) for key, _ in known[names[0]].named_children())
         else:
             yield Link(where, call)
 
@@ -198,24 +202,25 @@ def _check_parameters(model: nn.Module, chain: Sequence[Link]) -> None:
     """Refuse parameters that belong to no link, and such as belong to several."""
     owners: dict[int, list[str]] = {}
     for link in chain:
-        for parameter in model.get_submodule(link.name).parameters() if link.name else ():
-            owners.setdefault(id(parameter), []).append(link.name)
+        for part in link.names:
+            for parameter in model.get_submodule(part).parameters():
+                owners.setdefault(id(parameter), []).append(part)
     for name, parameter in model.named_parameters():
         if id(parameter) not in owners:
             raise ConfigError(
                 f"{name} of {type(model).__name__} lies in no part of its pipeline "
-                f"({', '.join(k.name for k in chain if k.name)}), so no stage would hold it. Put it into a module that is one of the parts, or name it in pipeline_parts()."
+                f"({', '.join(n for k in chain for n in k.names)}), so no stage would hold it. "
+                "Put it into a module that is one of the parts, or name it in pipeline_parts()."
             )
 
 
 # -- the cut ----------------------------------------------------------------------------------------------------------
 def cost_of(model: nn.Module, link: Link) -> float:
     """What a link costs: the parameters that its input is multiplied by. A table of embeddings is only looked up in."""
-    if not link.name:
-        return 0.0
-    module = model.get_submodule(link.name)
-    looked_up = {id(p) for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) for p in m.parameters()}
-    return float(sum(p.numel() for p in module.parameters() if id(p) not in looked_up))
+    modules = [model.get_submodule(name) for name in link.names]
+    inner = [m for module in modules for m in module.modules()]
+    looked_up = {id(p) for m in inner if isinstance(m, nn.Embedding | nn.EmbeddingBag) for p in m.parameters()}
+    return float(sum(p.numel() for module in modules for p in module.parameters() if id(p) not in looked_up))
 
 
 def cut(costs: Sequence[float], stages: int) -> list[int]:
@@ -258,7 +263,7 @@ def split_at(chain: Sequence[Link], splits: Sequence[str], stages: int) -> list[
     Raises:
         ConfigError: names that are no links, out of order, or another number of them.
     """
-    names = [link.name for link in chain]
+    names = [link.names[0] if link.names else "" for link in chain]
     starts = [0]
     for split in splits:
         # A name may leave out what wraps the chain: "layers.2" for "net.layers.2".
@@ -266,7 +271,8 @@ def split_at(chain: Sequence[Link], splits: Sequence[str], stages: int) -> list[
         if len(found) != 1:
             raise ConfigError(
                 f"Pipeline(splits=...): a stage shall begin at {split!r}, which "
-                f"{'no part' if not found else 'more than one part'} is called.{suggest(split, names)} Parts: {', '.join(filter(None, names))}."
+                f"{'no part' if not found else 'more than one part'} is called.{suggest(split, names)} "
+                f"Parts: {', '.join(filter(None, names))}."
             )
         if found[0] <= starts[-1]:
             raise ConfigError(f"Pipeline(splits=...): {split!r} comes before or at the split before it. Give them in order.")
@@ -288,7 +294,8 @@ def check_ties(model: nn.Module, chain: Sequence[Link], starts: Sequence[int]) -
     first: dict[int, tuple[int, str]] = {}
     for i, link in enumerate(chain):
         stage = sum(start <= i for start in starts) - 1
-        for name, parameter in model.get_submodule(link.name).named_parameters(link.name) if link.name else ():
+        own = [named for part in link.names for named in model.get_submodule(part).named_parameters(part)]
+        for name, parameter in own:
             held = first.setdefault(id(parameter), (stage, name))
             if held[0] != stage:
                 raise ConfigError(

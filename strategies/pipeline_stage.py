@@ -56,7 +56,7 @@ class StageModule(nn.Module):
         self.links = tuple(links)
         self.autocast: Callable[[], Any] | None = None
         self.spec: Any = None
-        for name in dict.fromkeys(link.name for link in links if link.name):
+        for name in dict.fromkeys(name for link in links for name in link.names):
             *containers, leaf = name.split(".")
             parent: nn.Module = self
             for container in containers:
@@ -73,7 +73,7 @@ class StageModule(nn.Module):
         """Return what the last link returned: a tensor or a tuple of tensors; of the last stage, the tensors in its output."""
         with nullcontext() if self.autocast is None else self.autocast():
             for link in self.links:
-                call = self.get_submodule(link.name) if link.call is None else link.call
+                call = self.get_submodule(link.names[0]) if link.call is None else link.call
                 output = call(*args)
                 args = output if isinstance(output, tuple) and link is not self.links[-1] else (output,)
         (output,) = args

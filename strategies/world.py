@@ -64,6 +64,7 @@ class World:
         self.is_last = env.rank == env.size - 1
         self.control = Control()
         self.meshes: dict[ParallelPlan, Mesh] = {}  # filled by mesh.mesh_of
+        self.last_stage = -1  # the place on pp of the rank that has the losses; schedules of a V shape have them on the first
         self._group = group
         self._control_group: dist.ProcessGroup | None = None
         self._owns_default_group = False
@@ -137,14 +138,14 @@ class World:
     def is_duplicate(self) -> bool:
         """Whether another rank speaks for this one's losses and logged values: on tp and pp all ranks have the same ones.
 
-        The first rank of tp and the last stage of pp speak.
+        The first rank of tp and the rank of pp with the last stage speak.
         """
         mesh = self.mesh
-        return mesh is not None and (mesh.index("tp") > 0 or mesh.index("pp") < mesh.size("pp") - 1)
+        return mesh is not None and (mesh.index("tp") > 0 or mesh.index("pp") != self.last_stage % mesh.size("pp"))
 
     @property
     def loss_index(self) -> int:
-        """This rank's place among those that hold parts of the loss: its rank, but for ranks of tp and pp, which hold the same."""
+        """This rank's place among those that hold parts of the loss: its rank, but that ranks of tp and pp hold the same."""
         mesh = self.mesh
         return self.rank if mesh is None else mesh.index("loss")
 

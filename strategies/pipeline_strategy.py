@@ -1,0 +1,260 @@
+"""PipelineStrategy: what the axis `pp` changes in a strategy that shards its models. ParallelStrategy (parallel.py) inherits it.
+
+Each rank prepares its own stages, each as a model of its own; the user's model stays one object, in which placeholders stand
+for what other ranks hold. So optimizers are built over the whole model on every rank, with the same parameter groups; a
+placeholder never has a gradient, and no optimizer steps it. A checkpoint is written by all stages together, under the names of
+the whole model, and checked against all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from . import dtensors, gradients, named_state
+from .errors import ConfigError, suggest
+from .fsdp import FSDPStrategy
+from .sharded import check_model
+from .units import choose_units
+
+if TYPE_CHECKING:
+    from .pipeline_parallel import PipelinedModel
+    from .sharded import Sharded
+    from .world import World
+
+__all__ = ["PipelineStrategy"]
+
+
+class PipelineStrategy(FSDPStrategy):
+    """Stages of the model on the ranks of `pp`; without that axis it changes nothing.
+
+    Args:
+        pipeline: a Pipeline, the name of a schedule, or "auto"; see pipeline_parallel.py.
+        fsdp: further arguments are those of FSDPStrategy. Parameters stay gathered between the chunks of a batch, as if
+            reshard_after_forward were False.
+    """
+
+    def __init__(self, *, pipeline: Any = "auto", **fsdp: Any) -> None:
+        super().__init__(**fsdp)
+        self.pipeline = pipeline
+        self._pipelines: dict[int, PipelinedModel] = {}  # by id of the user's module
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+    def start(self, world: World) -> None:
+        """Refuse what a pipeline cannot do; say which rank of it has the losses."""
+        super().start(world)
+        if self.mesh.size("pp") == 1:
+            return
+        from .pipeline_options import SCHEDULES, make_pipeline
+
+        options = self.pipeline = make_pipeline(self.pipeline)
+        options.chunks(self.mesh.size("pp"))
+        assert self.precision is not None
+        if self.precision.scales_loss:
+            raise ConfigError(
+                f"precision={self.precision.name!r} scales the loss by what it finds in the gradients, which a pipeline's stages "
+                "have at different times. Use 'bf16-mixed', or leave pp out."
+            )
+        if self.mesh.size("cp") > 1:
+            raise ConfigError(
+                f"The plan {self.plan} has both pp and cp: the sequence is cut for the whole model's forward, and a pipeline "
+                "calls none. Leave one of them out."
+            )
+        if self.offload is not None:
+            raise ConfigError("offload='cpu' is not combined with pp: parameters stay gathered between chunks. Leave one out.")
+        self.reshard_after_forward = False
+        world.last_stage = 0 if SCHEDULES[options.schedule].v_shaped else -1
+
+    def stop(self) -> None:
+        self._pipelines.clear()
+        super().stop()
+
+    def pipeline_of(self, model: nn.Module) -> PipelinedModel | None:
+        return self._pipelines.get(id(model))
+
+    # -- building -----------------------------------------------------------------------------------------------------
+    def prepare_model(self, name: str, model: nn.Module) -> nn.Module:
+        """Split `model`, free what other ranks hold, and prepare each of this rank's stages as a model of its own."""
+        if self.mesh.size("pp") == 1 or id(model) in self._pipelines:
+            return super().prepare_model(name, model)
+        from .pipeline_parallel import PipelinedModel
+
+        check_model(name, model)
+        if self.inference:
+            model.requires_grad_(False)
+            model.eval()
+        chosen = {id(module) for _, module in choose_units(model, self.units)}
+        ignored = _parameters_of(name, model, self.ignored_parameters)
+        pipe = PipelinedModel(name, model, self.pipeline, self.mesh, self.device)
+        self._replaced.update((id(old), (old, new)) for old, new in pipe.replaced)
+        units, given = self.units, self.ignored_parameters
+        self.units, self.ignored_parameters = (lambda _, module: id(module) in chosen), ignored
+        try:
+            for stage in pipe.modules:
+                super().prepare_model(f"{name}, stage {stage.index}", stage)
+                # Autocast is entered by the stage itself, which does not widen what goes to the next one.
+                vars(stage).pop("forward", None)
+        finally:
+            self.units, self.ignored_parameters = units, given
+        for buffer in _own_buffers(model, pipe):
+            buffer.data = buffer.data.to(self.device)
+        assert self.precision is not None
+        precision, device = self.precision, self.device
+        pipe.attach(
+            [self._sharded[id(stage)] for stage in pipe.modules],
+            autocast=None if precision.autocast_dtype is None else lambda: precision.autocast(device),
+            inside=self.inside_pipeline(),
+            after=self._average_held_whole,
+        )
+        vars(model)["forward"] = _NotCalled(type(model).__name__)
+        self._pipelines[id(model)] = pipe
+        return model
+
+    def inside_pipeline(self) -> Callable[[], AbstractContextManager[Any]] | None:
+        """What makes the context around each run of a pipeline; None for none."""
+        return None
+
+    def _stages(self, models: Iterable[nn.Module]) -> list[nn.Module]:
+        """The modules that this rank prepared for the user's `models`."""
+        found: list[nn.Module] = []
+        for model in models:
+            pipe = self._pipelines.get(id(model))
+            found += [model] if pipe is None else pipe.modules
+        return found
+
+    # -- one micro-batch ----------------------------------------------------------------------------------------------
+    def set_gradient_sync(self, models: Iterable[nn.Module], enabled: bool) -> None:
+        super().set_gradient_sync(self._stages(models), enabled)
+
+    def _average_held_whole(self, sharded: Sequence[Sharded]) -> None:
+        """Average the gradients of what is not cut up, after a pipeline's backward passes."""
+        group = self.mesh.group("loss")
+        for one in sharded:
+            if one.whole and one.syncing and group is not None:
+                one.average_whole(group, self.mesh.size("loss"))
+
+    # -- one optimizer step -------------------------------------------------------------------------------------------
+    def grad_norm(self, parameters: Sequence[nn.Parameter], norm_type: float = 2.0) -> Tensor:
+        """Return the norm over all pieces of all stages. Collective."""
+        group = self.mesh.group("pp")
+        if group is None:
+            return super().grad_norm(parameters, norm_type)
+        return dtensors.norm(gradients.gradients(parameters), norm_type, group=group, device=self.device)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+    def sync_buffers(self, models: Iterable[nn.Module]) -> None:
+        super().sync_buffers(self._stages(models))
+
+    def state_tensors(
+        self, models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The names of the whole model; each rank has what its stages hold, and the first what no stage does."""
+        tensors, values = super().state_tensors(models, optimizers)
+        if self.mesh.size("pp") == 1:
+            return tensors, values
+        for name, value in values.items():
+            for parameter, scalars in value.get("scalars", {}).items():
+                if any(v is not None for v in scalars.values()):
+                    raise ConfigError(
+                        f"{name} keeps {', '.join(scalars)} of {parameter} as plain numbers, which are saved by rank 0 alone, "
+                        "and under pp each rank has its own. Use an optimizer that keeps its state in tensors, such as AdamW."
+                    )
+        for name, model in models.items() if self.mesh.index("pp") else ():
+            pipe = self._pipelines.get(id(model))
+            for key in model.state_dict() if pipe is not None else ():
+                if pipe is not None and pipe.stage_of(key) is None:
+                    tensors.pop(f"model/{name}/{key}", None)
+        return {name: t for name, t in tensors.items() if not (isinstance(t, Tensor) and t.is_meta)}, values
+
+    def load_state_tensors(
+        self,
+        models: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        names: Iterable[str],
+        read: Callable[[str], Tensor],
+        values: Mapping[str, Any],
+        *,
+        strict: bool = True,
+    ) -> list[str]:
+        """Load what any strategy saved: names are checked against the whole model, and only this rank's stages are read."""
+        skipped = super().load_state_tensors(models, optimizers, names, read, values, strict=strict)
+        for optimizer in optimizers.values():
+            for parameter in [p for p in optimizer.state if p.is_meta]:
+                del optimizer.state[parameter]
+        return skipped
+
+    def place(self, own: Tensor, name: str, source: named_state.Source) -> Tensor:
+        if own.is_meta:  # another stage's
+            return torch.empty(source.shape(name), device="meta")
+        return super().place(own, name, source)
+
+    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return all tensors of all stages, whole, in host memory on rank 0; nothing on the others. Collective."""
+        pipe = self._pipelines.get(id(model))
+        if pipe is None:
+            return super().full_state_dict(model)
+        self._free()
+        found: dict[str, Tensor] = {}
+        for key, tensor in model.state_dict().items():
+            stage = pipe.stage_of(key)
+            owner = pipe.rank if stage is None else pipe.place[stage]
+            if owner == pipe.rank:
+                whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().contiguous()
+            else:
+                whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+            if stage is not None and owner != 0:
+                if pipe.rank == owner:
+                    dist.send(whole, group=pipe.group, group_dst=0)
+                elif pipe.rank == 0:
+                    dist.recv(whole, group=pipe.group, group_src=owner)
+            if self.world.is_main:
+                found[key] = whole.cpu()
+        return found
+
+    # -- words --------------------------------------------------------------------------------------------------------
+    def explain(self) -> list[tuple[str, str]]:
+        return [*super().explain(), *(row for pipe in self._pipelines.values() for row in pipe.explain())]
+
+
+class _NotCalled:
+    """Stands where a pipelined model's forward was."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError(
+            f"{self._name} was called, and under a pipeline no rank has all of it. Let the Trainer run the step: the stages run "
+            "the parts of its forward, and the last one calls compute_loss(output, batch). In a loop of your own, use "
+            "accelerator.forward_backward(model.training_step, batch, batch_idx)."
+        )
+
+
+def _own_buffers(model: nn.Module, pipe: PipelinedModel) -> list[Tensor]:
+    """The buffers that lie in no stage: every rank keeps its own copy."""
+    return [buffer for key, buffer in model.named_buffers() if pipe.stage_of(key) is None]
+
+
+def _parameters_of(name: str, model: nn.Module, given: Iterable[Any]) -> list[Any]:
+    """The parameters that `ignored_parameters` means in the whole model: a stage has only some of the names."""
+    own = dict(model.named_parameters())
+    found: list[Any] = []
+    for one in given:
+        if not isinstance(one, str):
+            found.append(one)
+            continue
+        named = [p for key, p in own.items() if key == one or key.startswith(f"{one}.")]
+        if not named:
+            raise ConfigError(
+                f"ignored_parameters: model {name!r} has no parameter or module {one!r}.{suggest(one, own)} Name one of its "
+                "parameters, or leave it out."
+            )
+        found += named
+    return found
