@@ -328,6 +328,8 @@ def main(given: dict[str, Any]) -> None:
 class Started:
     """A training in a process of its own: forked from this one, which is quick, or the script with its agent and ranks."""
 
+    body: Callable[[dict[str, Any]], None] = staticmethod(main)
+
     def __init__(self, given: dict[str, Any], *, script: bool = False) -> None:
         self.root = Path(given["root"])
         self.root.mkdir(parents=True, exist_ok=True)
@@ -348,7 +350,7 @@ class Started:
             warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
             self.pid = os.fork()
         if self.pid == 0:
-            _forked(given, self.log)
+            _forked(given, self.log, self.body)
 
     def poll(self) -> int | None:
         """Return the exit code (minus the signal), None while it runs."""
@@ -420,7 +422,7 @@ def _warm() -> None:
         train(Job(samples=4, epochs=1), Path(folder))
 
 
-def _forked(given: dict[str, Any], log: Path) -> NoReturn:
+def _forked(given: dict[str, Any], log: Path, body: Callable[[dict[str, Any]], None]) -> NoReturn:
     """Be a fresh process of one rank: what a script would be, without the seconds that its imports take."""
     code = 1
     try:
@@ -432,7 +434,7 @@ def _forked(given: dict[str, Any], log: Path) -> NoReturn:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        main(given)
+        body(given)
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1

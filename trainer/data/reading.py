@@ -10,6 +10,7 @@ All give the same samples in the same order as a plain DataLoader with that samp
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -369,17 +370,30 @@ def _leave_signals_to_the_trainer() -> None:
     if hasattr(signal, "sigtimedwait"):
         # SIGTERM cannot just be ignored: at its exit Python sends it to the workers that are left, and waits for them.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_obey_the_parent_only, args=(os.getppid(),), name="sigterm", daemon=True).start()
+        threading.Thread(target=_obey_the_parent_only, name="sigterm", daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
 
 
-def _obey_the_parent_only(parent: int) -> None:
-    # A trainer that was killed says nothing. torch's own workers look for that every 5 s, and only between two batches.
-    while os.getppid() == parent:
+def _obey_the_parent_only() -> None:
+    # A trainer that was killed says nothing. torch's workers look for that too, every 5 s and only between two batches; and never
+    # notice if it was before their first look, so who the trainer is must be known from before the fork.
+    parent, process = os.getppid(), multiprocessing.parent_process()
+    trainer = parent if process is None or process.pid is None else process.pid  # another one with a fork server between them
+    while os.getppid() == parent and (parent == trainer or _exists(trainer)):
         told = signal.sigtimedwait([signal.SIGTERM], 0.5)  # pyright: ignore[reportAttributeAccessIssue]
-        if told is not None and told.si_pid == parent:
+        if told is not None and told.si_pid in (parent, trainer):
             break
     os._exit(0)
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextlib.contextmanager
