@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from ..errors import ConfigError, UnknownName, suggest
 from . import _torchao
 from .base import Precision
+from .formats import NumberFormat
 from .linears import Choice, LinearPrecision, Matmul
 
 if TYPE_CHECKING:
@@ -167,6 +168,12 @@ class Float8Matmul:
         self.products = linear.Float8Linear(16, 16, bias=False, config=self.config, device="meta").linear_mm_config
         self.function = linear.matmul_with_hp_or_float8_args
         self.scaling = scaling
+        casts = {"input": "input", "weight": "weight", "grad": "grad_output"}
+        rows, power = "tensor" if scaling == "tensorwise" else "row", self.config.round_scales_to_power_of_2
+        self.formats = {
+            kind: NumberFormat(getattr(self.config, f"cast_config_{name}").target_dtype, rows, power_of_2=power)
+            for kind, name in casts.items()
+        }
 
     def __call__(self, input: Tensor, weight: Tensor) -> Tensor:
         return self.function.apply(input, weight.t(), self.products, self.config)

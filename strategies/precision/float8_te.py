@@ -29,6 +29,7 @@ from torch import nn
 
 from ..errors import ConfigError, MissingDependency, UnknownName, suggest, unknown_name
 from .base import Precision
+from .formats import NumberFormat
 from .linears import Choice, Report, choose
 from .mixed import BF16Mixed
 
@@ -120,6 +121,21 @@ class Float8TE(Precision):
         te: Any = _load("transformer_engine.pytorch")
         works, reason = getattr(te, RECIPES[self.recipe.scaling][1])(return_reason=True)
         return None if works else f"precision={self.name!r}: TransformerEngine says: {reason} {_NEAREST}"
+
+    @property
+    def formats(self) -> Mapping[str, NumberFormat]:
+        """In which format the products take "input", "weight" and "grad". Delayed scaling's own scales are those of past steps.
+
+        Raises:
+            ConfigError: nvfp4, whose blocks have scales of scales.
+        """
+        if self.recipe.scaling == "nvfp4":
+            raise ConfigError("Numerics does not know NVFP4, whose blocks have scales of scales. Give it a format=.")
+        how = {"block": (128, True), "mxfp8": (32, True)}.get(self.recipe.scaling, ("tensor", False))
+        hybrid = how[0] == "tensor" and str(self.recipe.options.get("fp8_format", "HYBRID")).endswith("HYBRID")
+        forward = NumberFormat(torch.float8_e4m3fn, how[0], power_of_2=how[1])
+        grad = NumberFormat(torch.float8_e5m2, how[0]) if hybrid else forward
+        return {"input": forward, "weight": forward, "grad": grad}
 
     def convert(self, model: nn.Module) -> nn.Module:
         """Swap modules of `model` for TransformerEngine's, in place. Parameters stay the same objects under the same names.

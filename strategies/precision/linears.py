@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .base import Precision
+from .formats import NumberFormat
 from .mixed import BF16Mixed, BF16True
 
 __all__ = ["Choice", "LinearPrecision", "LowPrecisionLinear", "Matmul", "Report"]
@@ -40,6 +41,8 @@ class Matmul(Protocol):
 
     multiple: int
     """What the number of rows, and both sizes of a weight, must be a multiple of."""
+    formats: Mapping[str, NumberFormat]
+    """In which format the "input", the "weight" and the "grad" of the output enter their products; others stay as they are."""
 
     def __call__(self, input: Tensor, weight: Tensor) -> Tensor: ...
 

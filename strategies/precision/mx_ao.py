@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import UnknownName, suggest
 from . import _torchao
 from .base import Precision
+from .formats import NumberFormat
 from .linears import Choice, LinearPrecision, Matmul
 
 __all__ = ["MXFP8AO", "NVFP4AO", "MXFP8Recipe"]
@@ -97,6 +98,10 @@ class MXFP8Matmul:
         self.kernel = common.KernelPreference.EMULATED if emulate else common.KernelPreference.AUTO
         self.rounding = linear.ScaleCalculationMode(recipe.scale_rounding)
         self.high = recipe.weight_gradient == "high"
+        # "ceil" and "even" differ from these two in which power of two they take now and then: they are shown as "rceil".
+        by_exponent = recipe.scale_rounding == "floor"
+        block = NumberFormat(torch.float8_e4m3fn, self.multiple, power_of_2=True, by_exponent=by_exponent)
+        self.formats = dict.fromkeys(("input", "weight", "grad"), block)
 
     def __call__(self, input: Tensor, weight: Tensor) -> Tensor:
         return self.function(input, weight.to(input.dtype), self.kernel, self.rounding, self.high)

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from ..errors import ConfigError
 from . import _torchao
 from .base import Precision
+from .formats import NumberFormat
 from .linears import Choice, LinearPrecision, LowPrecisionLinear, Matmul
 
 __all__ = ["BitNetAO", "Int8AO", "Int8Recipe", "Int8WeightsAO", "Int8WeightsRecipe"]
@@ -93,6 +94,9 @@ class Int8Matmul:
         module = _torchao.load(f"{_PACKAGE}.int8_mixed_precision", wanted_by=wanted_by)
         self.function = module._Int8MixedPrecisionTrainingLinearFunction
         self.config = _Products(recipe.output, recipe.grad_input, recipe.grad_weight)
+        row, used = NumberFormat(torch.int8, "row"), {"input": recipe.output, "weight": recipe.output}
+        used["grad"] = recipe.grad_input or recipe.grad_weight
+        self.formats = {kind: row for kind, asked in used.items() if asked}
 
     def __call__(self, input: Tensor, weight: Tensor) -> Tensor:
         return self.function.apply(input.contiguous(), weight, None, self.config)
@@ -127,6 +131,7 @@ class BitNetMatmul:
 
     def __init__(self, *, wanted_by: str) -> None:
         self.bitnet = _torchao.load(f"{_PACKAGE}.bitnet", wanted_by=wanted_by)
+        self.formats = {"input": NumberFormat(torch.int8, "row")}  # the weight has three values, and no largest one
 
     def __call__(self, input: Tensor, weight: Tensor) -> Tensor:
         return _BitNetProduct.apply(input, weight, self.bitnet)  # pyright: ignore[reportReturnType]
@@ -231,6 +236,7 @@ class Int8WeightMatmul:
 
     def __init__(self, *, wanted_by: str) -> None:
         self.weight_class = _weight_class(wanted_by)
+        self.formats = {"weight": NumberFormat(torch.int8, "row")}
 
     def __call__(self, input: Tensor, weight: Tensor) -> Tensor:
         return _Int8WeightProduct.apply(input, weight, self.weight_class)  # pyright: ignore[reportReturnType]

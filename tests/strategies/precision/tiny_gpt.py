@@ -100,6 +100,7 @@ def train(
     batch_size: int = 8,
     callbacks: list[Callback] | None = None,
     model: TinyGPT | None = None,
+    log_every: int = 50,
 ) -> Run:
     """Train a TinyGPT for `steps` steps (in all, a resumed run too); return its losses and weights."""
     losses, model = Losses(), model or TinyGPT()
@@ -111,6 +112,7 @@ def train(
         strategy=strategy,
         device=device,
         max_steps=steps,
+        log_every_n_steps=log_every,
         callbacks=given,
         enable_checkpointing=bool(save_every),
         enable_progress_bar=False,
