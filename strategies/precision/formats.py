@@ -65,13 +65,15 @@ def measure(tensor: Tensor, form: NumberFormat) -> Tensor:
     amax = rows.abs().amax(dim=1, keepdim=True)
     scale = _scale(amax.double(), form).to(x.dtype)
     y = rows * scale
+    # The largest value times its own scale may come out a rounding above the largest number, which is no overflow.
+    largest = form.largest * (1 if form.scaled == "no" else 1 + 1e-6)
     if form.dtype == torch.int8:
         q = y.round()
-        over = ~(q.abs() <= form.largest)
+        over = ~(y.abs() <= largest)
         small = torch.zeros_like(over)
     else:
         info = torch.finfo(form.dtype)
-        over = ~(y.abs() <= info.max)
+        over = ~(y.abs() <= largest)
         q = y.clamp(-info.max, info.max).to(form.dtype).to(x.dtype)
         small = (q != 0) & (q.abs() < info.smallest_normal)
     count = x.numel()  # what fills up the last block is zeros, and none of these

@@ -41,7 +41,7 @@ class Matmul(Protocol):
 
     multiple: int
     """What the number of rows, and both sizes of a weight, must be a multiple of."""
-    formats: Mapping[str, NumberFormat]
+    formats: dict[str, NumberFormat]
     """In which format the "input", the "weight" and the "grad" of the output enter their products; others stay as they are."""
 
     def __call__(self, input: Tensor, weight: Tensor) -> Tensor: ...

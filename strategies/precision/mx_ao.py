@@ -101,7 +101,7 @@ class MXFP8Matmul:
         # "ceil" and "even" differ from these two in which power of two they take now and then: they are shown as "rceil".
         by_exponent = recipe.scale_rounding == "floor"
         block = NumberFormat(torch.float8_e4m3fn, self.multiple, power_of_2=True, by_exponent=by_exponent)
-        self.formats = dict.fromkeys(("input", "weight", "grad"), block)
+        self.formats = {"input": block, "weight": block, "grad": block}
 
     def __call__(self, input: Tensor, weight: Tensor) -> Tensor:
         return self.function(input, weight.to(input.dtype), self.kernel, self.rounding, self.high)
