@@ -44,8 +44,10 @@ class _NoDraws(TorchFunctionMode):
     """Drawing random numbers into tensors without values does nothing; torch would import its compiler for it (100 MB)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _RANDOM and args[0].is_meta:
-            return args[0]
+        if func in _RANDOM or getattr(func, "__module__", "") == "torch.nn.init":
+            tensor = args[0] if args else (kwargs or {}).get("tensor")
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
         return func(*args, **(kwargs or {}))
 
 
