@@ -18,6 +18,7 @@ called on the hot path at all when `reduces_gradients` and `precision.scales_los
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ from .precision.base import Precision
 from .registry import PRECISION_ALIASES, PRECISIONS, find, find_strategy
 
 if TYPE_CHECKING:
+    from .compile import Compiled
     from .mesh import ParallelPlan
     from .pipeline_parallel import PipelinedModel
     from .world import World
@@ -43,15 +45,28 @@ class Strategy:
     Args:
         precision: a name or a `Precision`; None takes the run's.
         inference: the models are only evaluated: no gradients are kept for them and no optimizer is taken.
+        activation_checkpointing: True, "full", "selective", "offload" or an `ActivationCheckpointing`; see activation.py.
+        compile: True, a backend of torch.compile, or a `Compile`; see compile.py. None takes the run's, as with the other.
     """
 
     name = "single"
     reduces_gradients = False  # True where gradients of several ranks are averaged in the backward pass
     needs_group = False  # True where a process group is needed even for one process
 
-    def __init__(self, *, precision: str | Precision | None = None, inference: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        precision: str | Precision | None = None,
+        inference: bool = False,
+        activation_checkpointing: Any = None,
+        compile: Any = None,
+    ) -> None:
         self.precision: Precision | None = None if precision is None else make_precision(precision)
         self.inference = inference
+        self.activation_checkpointing, self.compile = activation_checkpointing, compile
+        self._compiled: list[Compiled] = []
+        self._unchecked = False  # whether there is something compiled that no step has run yet
+        self._recomputed: dict[str, list[str]] = {}  # model -> its blocks whose activations are computed again
         self._world: World | None = None
 
     @classmethod
@@ -104,6 +119,8 @@ class Strategy:
 
     def stop(self) -> None:
         """Let go of what `start` and `prepare` made. The world is not the strategy's to stop."""
+        self._compiled.clear()
+        self._recomputed.clear()
         self._world = None
 
     @property
@@ -126,7 +143,17 @@ class Strategy:
         """Over how many ranks, each with its own part of the loss, the backward pass averages gradients."""
         return self.data_shard[1]
 
+    def take_run(self, **settings: Any) -> None:
+        """Be told what the run says: gradient_accumulation_steps, gradient_clipping, train_micro_batch_size_per_gpu. None is unsaid.
+
+        A strategy that is configured beside the run (DeepSpeed's JSON) holds it against that.
+        """
+
     # -- building -----------------------------------------------------------------------------------------------------
+    def init_context(self) -> AbstractContextManager[Any]:
+        """The context in which `configure_model` runs: where a strategy cuts parameters up as soon as they are made."""
+        return nullcontext()
+
     def prepare(
         self, models: Mapping[str, nn.Module], optimizers: Sequence[Optimizer] | Callable[[], Sequence[Optimizer]]
     ) -> tuple[dict[str, nn.Module], list[Optimizer]]:
@@ -150,11 +177,26 @@ class Strategy:
         if self.inference:
             model.requires_grad_(False)
             model.eval()
-        model = self.precision.convert(model).to(self.device)
+        model = self.shape_blocks(name, self.precision.convert(model)).to(self.device)
         if self.precision.autocast_dtype is not None:
             from .precision.forward import run_inside
 
             run_inside(model, self.precision.autocast(self.device), self.device)
+        return model
+
+    def shape_blocks(self, name: str, model: nn.Module) -> nn.Module:
+        """Let the blocks of a converted `model` be computed again in the backward pass, and be compiled, where that was asked."""
+        if self.activation_checkpointing and not self.inference:
+            from .activation import checkpoint_blocks, read_checkpointing
+
+            if (how := read_checkpointing(self.activation_checkpointing)) is not None:
+                self._recomputed[f"{name}: {how.mode}"] = checkpoint_blocks(name, model, how, self.device)
+        if self.compile:
+            from .compile import compile_blocks, read_compile
+
+            if (options := read_compile(self.compile)) is not None:
+                self._compiled.append(compile_blocks(name, model, options))
+                self._unchecked = not self.inference
         return model
 
     def adopt(self, optimizer: Optimizer) -> None:
@@ -194,6 +236,16 @@ class Strategy:
         """Run the backward pass of `loss`, already divided for its window."""
         loss.backward(**kwargs)
 
+    # A backward pass that reaches the models of several strategies is run by one of them, between these calls of all others.
+    def begin_backward(self, loss: Tensor) -> None:
+        """Make this strategy's models ready for a backward pass of `loss` that another strategy runs."""
+
+    def end_backward(self) -> None:
+        """Finish what that backward pass left: on return the gradients are as after `backward`. Collective where that is."""
+
+    def break_backward(self) -> None:
+        """Forget a backward pass that failed."""
+
     def manual_backward(self, loss: Tensor, **kwargs: Any) -> None:
         """The same, called by the user inside a step that runs under manual optimisation."""
         self.backward(loss, **kwargs)
@@ -223,6 +275,10 @@ class Strategy:
     def step(self, optimizer: Optimizer) -> bool:
         """Step `optimizer`; return whether it stepped."""
         assert self.precision is not None
+        if self._unchecked:
+            self._unchecked = False
+            for compiled in self._compiled:
+                compiled.check()
         return self.precision.step(optimizer)
 
     # -- state --------------------------------------------------------------------------------------------------------
@@ -275,7 +331,10 @@ class Strategy:
 
     def explain(self) -> list[tuple[str, str]]:
         """Return (what, how) rows for the start-up lines."""
-        return [("strategy", self.name), ("processes", str(self.world.size))]
+        rows = [("strategy", self.name), ("processes", str(self.world.size))]
+        for what, blocks in self._recomputed.items():
+            rows.append((f"recomputed ({what})", f"{len(blocks)} blocks: {blocks[0]}" + (", ..." if blocks[1:] else "")))
+        return [*rows, *(compiled.explain() for compiled in self._compiled)]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(precision={self.precision.name if self.precision else None!r})"

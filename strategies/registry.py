@@ -20,6 +20,7 @@ STRATEGIES: Mapping[str, str] = {
     "ddp": ".ddp:DDPStrategy",
     "fsdp": ".fsdp:FSDPStrategy",
     "hsdp": ".fsdp:HSDPStrategy",
+    "deepspeed": ".deepspeed:DeepSpeedStrategy",
     "parallel": ".parallel:ParallelStrategy",
 }
 PRECISIONS: Mapping[str, str] = {
