@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GPT", "MLP", "MODELS", "Blueprint", "ConvNet", "Learner", "Llama"]
+from .experts import MoE
+
+__all__ = ["GPT", "MLP", "MODELS", "Blueprint", "ConvNet", "Learner", "Llama", "MoELlama"]
 
 FEATURES, CLASSES, LENGTH = 6, 5, 7  # of the MLP
 VOCABULARY, TOKENS = 16, 8  # of the language models; both can be divided by 2 and 4
@@ -145,6 +147,16 @@ class Llama(Learner):
         return self.layers[index](hidden, torch.arange(hidden.shape[1], device=hidden.device))
 
 
+class MoELlama(Llama):
+    """The Llama with a layer of four experts, two a token, in the place of each feed-forward."""
+
+    def __init__(self, seed: int = 0, *, dim: int = 16, hidden: int = 8, **options: Any) -> None:
+        super().__init__(seed, dim=dim, hidden=hidden, **options)
+        for layer in self.layers:
+            layer.feed_forward = MoE(dim, hidden, num_experts=4, top_k=2)
+        _initialise(self, seed, _spread)
+
+
 def rotate(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
     """Turn pairs of features of x (samples, heads, length, head_dim) by angles that grow with `positions` (length,)."""
     half = x.shape[-1] // 2
@@ -157,23 +169,35 @@ def rotate(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
 
 
 # -- GPT --------------------------------------------------------------------------------------------------------------------
-class GPTBlock(nn.Module):
-    """The block of GPT-2: LayerNorm, biases, GELU; queries, keys and values by layers of their own."""
+class GPTAttention(nn.Module):
+    """Causal attention; queries, keys and values by layers of their own. Keys have no bias: its true gradient is 0, and AdamW
+    would make steps of what rounding leaves."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.head_dim = dim // heads
+        self.query, self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length = x.shape[:2]
+        q, k, v = (w(x).view(batch, length, -1, self.head_dim).transpose(1, 2) for w in (self.query, self.key, self.value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.proj(out.transpose(1, 2).reshape(batch, length, -1))
+
+
+class GPTBlock(nn.Module):
+    """The block of GPT-2: LayerNorm, biases, GELU. It calls the layers of its feed-forward itself."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
         self.ln_1 = nn.LayerNorm(dim)
-        self.attn = nn.ModuleDict({n: nn.Linear(dim, dim) for n in ("query", "key", "value", "proj")})
+        self.attn = GPTAttention(dim, heads)
         self.ln_2 = nn.LayerNorm(dim)
         self.mlp = nn.ModuleDict({"fc": nn.Linear(dim, 4 * dim), "proj": nn.Linear(4 * dim, dim)})
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length = x.shape[:2]
-        normed = self.ln_1(x)
-        q, k, v = (self.attn[n](normed).view(batch, length, -1, self.head_dim).transpose(1, 2) for n in ("query", "key", "value"))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.attn["proj"](out.transpose(1, 2).reshape(batch, length, -1))
+        x = x + self.attn(self.ln_1(x))
         return x + self.mlp["proj"](F.gelu(self.mlp["fc"](self.ln_2(x))))
 
 
@@ -264,6 +288,7 @@ def _tokens(samples: int, generator: torch.Generator, dtype: torch.dtype) -> Ten
 MODELS: Mapping[str, Blueprint] = {
     "mlp": Blueprint(MLP, LENGTH, _features(LENGTH, FEATURES), CLASSES),
     "llama": Blueprint(Llama, TOKENS, _tokens, VOCABULARY),
+    "moe": Blueprint(lambda seed: MoELlama(seed, layers=2), TOKENS, _tokens, VOCABULARY),
     "gpt": Blueprint(GPT, TOKENS, _tokens, VOCABULARY),
     "conv": Blueprint(ConvNet, 4, _features(3, IMAGE, IMAGE), CLASSES),
     "conv-bn": Blueprint(lambda seed: ConvNet(seed, batch_norm=True), 4, _features(3, IMAGE, IMAGE), CLASSES, per_sample=False),
@@ -275,7 +300,8 @@ def _spread(parameter: Tensor) -> tuple[float, float]:
     """(deviation, mean) of a parameter's values: weights by how many inputs they sum, norms around 1."""
     if parameter.dim() < 2:
         return 0.1, 1.0
-    return 0.8 / math.sqrt(parameter[0].numel()), 0.0
+    inputs = parameter.shape[-1] if parameter.dim() == 3 else parameter[0].numel()  # 3: experts, stacked
+    return 0.8 / math.sqrt(inputs), 0.0
 
 
 @torch.no_grad()
