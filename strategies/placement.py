@@ -1,8 +1,8 @@
 """What lies where: a device map over accelerators, "cpu" and "disk", for a model that may be larger than any of them.
 
-    infer_auto_device_map(model, max_memory={0: "20GB", "cpu": "60GB"})      -> {"embed": 0, "layers.0": 0, ..., "layers.9": "disk"}
-The names are modules (or single parameters), the longest that fits a tensor counts; "" is the whole model. What lies where the model
-computes is resident; the rest passes through two buffers there (offload/), for which room is kept, as for the activations.
+    infer_auto_device_map(model, max_memory={0: "20GB", "cpu": "60GB"})    -> {"embed": 0, "layers.0": 0, ..., "layers.9": "disk"}
+The names are modules (or single parameters), the longest that fits a tensor counts; "" is the whole model. What lies where the
+model computes is resident; the rest passes through two buffers there (offload/), for which room is kept, as for activations.
 On one device the blocks that stay are spread evenly between those that pass: while one stays, the next can be read.
 Names and arguments are Accelerate's.
 """
@@ -42,7 +42,7 @@ _DISK = 1 << 62
 
 # -- limits ------------------------------------------------------------------------------------------------------------
 def get_max_memory(max_memory: Mapping[Place, int | str] | None = None) -> dict[Place, int]:
-    """Return place -> bytes. Given ones are read ("10GB"); without any, nine tenths of what is free now on each device and in RAM.
+    """Return place -> bytes: the given ones ("10GB"), or nine tenths of what is free now on each device and in host memory.
 
     Raises:
         ConfigError: a place that does not exist here, or no size.
@@ -74,8 +74,9 @@ def _place(place: Place | torch.device) -> Place:
             here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             if here is None or kind not in (here.type, "gpu"):
                 known = ("cpu", "disk", *((here.type,) if here is not None else ()))
+                near = suggest(kind, known)
                 raise ConfigError(
-                    f"There is no device {place!r} here. Expected {', '.join(known)} or an accelerator's number.{suggest(kind, known)}"
+                    f"There is no device {place!r} here. Expected {', '.join(known)} or an accelerator's number.{near}"
                 )
             place = int(index or 0)
     count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
@@ -179,7 +180,7 @@ def infer_auto_device_map(
 infer_device_map = infer_auto_device_map
 
 _Item = tuple[str, bool, dict[int, int], bool]
-"""(name, whether it is a block, {id of a tensor: bytes}, whether its module computes by itself and so can pass through a buffer)."""
+"""(name, whether it is a block, {id of a tensor: bytes}, whether its module computes by itself, and so may pass)."""
 
 
 def _items(
@@ -363,16 +364,15 @@ def make_device_map(
         if device_map not in AUTOMATIC:
             if re.fullmatch(r"cpu|disk|\w+:\d+", device_map):
                 return {"": _place(device_map)}
-            raise ConfigError(
-                f"device_map={device_map!r}: expected {', '.join(AUTOMATIC)}, a device, or a mapping.{suggest(device_map, AUTOMATIC)}"
-            )
+            near = suggest(device_map, AUTOMATIC)
+            raise ConfigError(f"device_map={device_map!r}: expected {', '.join(AUTOMATIC)}, a device, or a mapping.{near}")
         limits: Mapping[Place, int | str] | None = max_memory
         if device_map != "sequential":
             sized = {k: options[k] for k in ("dtype", "special_dtypes") if k in options}
             balanced = get_balanced_memory(
                 model, max_memory, no_split_module_classes, low_zero=device_map == "balanced_low_0", **sized
             )
-            limits = {p: size for p, size in balanced.items()}
+            limits = dict(balanced.items())
         return infer_auto_device_map(model, limits, no_split_module_classes, **options)
     chosen = {name: _place(place) for name, place in device_map.items()}
     check_device_map(model, chosen)
@@ -388,9 +388,8 @@ def check_device_map(model: nn.Module, device_map: Mapping[str, Any]) -> None:
     names = list(tensors_of(model))
     missing = [n for n in names if place_of(n, device_map) is None]
     if missing:
-        raise ConfigError(
-            f"device_map says nothing of {', '.join(missing[:5])}{' ...' if missing[5:] else ''}. Add them, or '' for all the rest."
-        )
+        some = ", ".join(missing[:5]) + (" ..." if missing[5:] else "")
+        raise ConfigError(f"device_map says nothing of {some}. Add them, or '' for all the rest.")
     known = {name for name, _ in model.named_modules(remove_duplicate=False)} | set(names)
     if unknown := [n for n in device_map if n not in known]:
         raise ConfigError(f"device_map names {unknown[0]!r}, which {type(model).__name__} has not.{suggest(unknown[0], known)}")

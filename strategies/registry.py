@@ -20,6 +20,7 @@ STRATEGIES: Mapping[str, str] = {
     "ddp": ".ddp:DDPStrategy",
     "fsdp": ".fsdp:FSDPStrategy",
     "hsdp": ".fsdp:HSDPStrategy",
+    "offload": ".offload.strategy:OffloadStrategy",
     "deepspeed": ".deepspeed:DeepSpeedStrategy",
     "parallel": ".parallel:ParallelStrategy",
 }

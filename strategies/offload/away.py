@@ -5,7 +5,7 @@
     (torch.Size([2, 3]), 'cpu')
     >>> weight + 1
     Traceback (most recent call last):
-    drivetrain.strategies.errors.ConfigError: layers.0.weight is not in memory: it is there only while its module's forward runs. ...
+    drivetrain.strategies.errors.ConfigError: layers.0.weight is not in memory: it is there only while ...
 
 They name the device on which the module computes, not the meta device, so that code that asks `parameter.device` (transformers'
 generate, PEFT's adapters) is told where its tensors belong. Whoever computes with one is told its name.
@@ -87,4 +87,4 @@ def away_like(name: str, tensor: Tensor, device: torch.device, dtype: torch.dtyp
 
 def is_away(tensor: Tensor) -> bool:
     """Whether `tensor` is a stand-in."""
-    return isinstance(tensor.data if isinstance(tensor, nn.Parameter) else tensor, Away)
+    return isinstance(tensor, Away)

@@ -116,7 +116,7 @@ def load_checkpoint_in_model(
             place = tensor.device if places is None else torch.device(_device(place_of(name, places)))
             device = torch.device("cpu") if place.type == "meta" else place
             _give(model, names, tensor, source, named[name], target, device)
-        _fill_rest(model, {n for n in named})
+        _fill_rest(model, set(named))
         have = set(named.values())
         return sorted(n for n in source.names() if n not in have)
     finally:
@@ -166,7 +166,7 @@ def dispatch_model(
     if on_disk:
         if offload_dir is None:
             raise ConfigError("The device map puts weights on the disk. Say in which folder: offload_dir='...'.")
-        source = _both(memory, write_offload(model, on_disk, own, Path(offload_dir), io))
+        source = _Both(memory, write_offload(model, on_disk, own, Path(offload_dir), io))
     main = None if main_device is None else torch.device(main_device)
     return _place(model, places, source, None, together, strict=False, num_buffers=number, skip_keys=skip_keys, main_device=main)
 
@@ -188,7 +188,7 @@ def write_offload(model: nn.Module, names: Sequence[str], tensors: Mapping[str, 
     return open_source(folder, io=io)
 
 
-class _both(Source):  # noqa: N801
+class _Both(Source):
     """Files first, memory for what is not in them."""
 
     def __init__(self, memory: MemorySource, files: Source) -> None:
@@ -278,10 +278,10 @@ def _give(
     model: nn.Module, names: Sequence[str], old: Tensor, source: Source, stored: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Read one tensor to where it lives and set it under all its names. One that has memory of that kind keeps it."""
-    if not old.is_meta and old.device == device and old.dtype == dtype and not is_away(old):
-        if not isinstance(source, MemorySource | _both) or source.info(stored) != (old.dtype, tuple(old.shape)):
-            source.read_into(stored, old.detach())
-            return
+    in_place = not old.is_meta and old.device == device and old.dtype == dtype and not is_away(old)
+    if in_place and not isinstance(source, MemorySource | _Both):
+        source.read_into(stored, old.detach())
+        return
     values = torch.empty(old.shape, dtype=dtype, device=device)
     source.read_into(stored, values)
     new: Tensor = nn.Parameter(values, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else values
@@ -351,6 +351,7 @@ def _place(
             owner, _, key = buffer_name.rpartition(".")
             model.get_submodule(owner)._buffers[key] = buffer.to(device)
     modules = dict(model.named_modules(remove_duplicate=False))
+    stand_ins: dict[tuple[int, torch.dtype], nn.Parameter] = {}  # what is tied stays one parameter
     made: list[Block] = []
     prepared: list[tuple[str, nn.Module, list[Binding]]] = []
     for name, group in passing.items():
@@ -364,7 +365,10 @@ def _place(
         bindings = []
         for n in group:
             owner, _, key = n.rpartition(".")
-            stand_in = away_like(n, tensors[n], main, kinds[named[n]])
+            key_of = (id(tensors[n]), kinds[named[n]])
+            if key_of not in stand_ins:
+                stand_ins[key_of] = away_like(n, tensors[n], main, kinds[named[n]])
+            stand_in = stand_ins[key_of]
             bindings.append(Binding(modules[owner], key, named[n], stand_in))
         made.append(block)
         prepared.append((name, modules[name], bindings))
@@ -375,7 +379,7 @@ def _place(
     handle = Weights(model, dict(places), main, source, named, streamed, stream)
     _align(model, places, main, {id(s.module) for s in streamed}, skip, handle)
     guard(model, handle)
-    if isinstance(source, MemorySource | _both):  # what is resident or laid out lives elsewhere now
+    if isinstance(source, MemorySource | _Both):  # what is resident or laid out lives elsewhere now
         source.forget(n for b in made if b.flat is None for n in b.layout.places)
     if not streamed:
         source.close()

@@ -83,16 +83,16 @@ class Weights:
             raise ConfigError(f"The model has no parameter or buffer {name!r}.{suggest(name, own)}")
         if not is_away(own[name]):
             return own[name].detach()
-        return self._read(name, own[name].dtype)
+        return self._read(name, own[name])
 
-    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+    def _read(self, name: str, stand_in: Tensor) -> Tensor:
         for one in self.streamed:
             for binding in one.bindings:
-                if binding.stand_in._name == name:  # type: ignore[attr-defined]
+                if binding.stand_in is stand_in:
                     block = self.stream.blocks[one.index]
                     if block.flat is not None:
                         return block.layout.view(block.flat, binding.name).clone()
-                    return self.source.tensor(binding.name, dtype)
+                    return self.source.tensor(binding.name, stand_in.dtype)
         raise ConfigError(f"{name!r} is away, and nobody knows where: its module was replaced after the model was dispatched.")
 
     def explain(self) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ stream of its own; events keep copies and kernels apart.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
@@ -82,10 +83,8 @@ def host_buffer(num_bytes: int, *, pinned: bool = False) -> Tensor:
         return memory[-memory.data_ptr() % PAGE :][:size]
     pages = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # only speed: a kernel without huge pages has none to give
             pages.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # only speed: a kernel without huge pages has none to give
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 

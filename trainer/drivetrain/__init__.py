@@ -14,11 +14,21 @@ if TYPE_CHECKING:
     from drivetrain.callbacks.loggers.base import Logger
     from drivetrain.callbacks.preemption import Preemption
     from drivetrain.callbacks.watchdog import Watchdog
+    from drivetrain.strategies.activation import ActivationCheckpointing
     from drivetrain.strategies.base import Strategy
+    from drivetrain.strategies.compile import Compile
     from drivetrain.strategies.ddp import DDPStrategy
     from drivetrain.strategies.fsdp import FSDPStrategy, HSDPStrategy
     from drivetrain.strategies.mesh import ParallelPlan
     from drivetrain.strategies.muon import MuonAdamW, muon_groups
+    from drivetrain.strategies.offload.casting import attach_layerwise_casting_hooks
+    from drivetrain.strategies.offload.dispatch import dispatch_model, load_checkpoint_and_dispatch, load_checkpoint_in_model
+    from drivetrain.strategies.offload.empty import init_empty_weights, init_on_device
+    from drivetrain.strategies.offload.handle import remove_hook_from_submodules, weights_of
+    from drivetrain.strategies.offload.sharded import save_torch_model, split_torch_state_dict_into_shards
+    from drivetrain.strategies.offload.strategy import OffloadStrategy
+    from drivetrain.strategies.offload.tiers import cpu_offload, cpu_offload_with_hook, disk_offload
+    from drivetrain.strategies.placement import get_balanced_memory, infer_auto_device_map, infer_device_map
     from drivetrain.strategies.precision.base import Precision
     from drivetrain.trainer.accelerator import Accelerator
     from drivetrain.trainer.data.config import DataLoaderConfiguration
@@ -44,9 +54,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "AORecipeKwargs": "drivetrain.trainer.kwargs_handlers",
     "Accelerator": "drivetrain.trainer.accelerator",
+    "ActivationCheckpointing": "drivetrain.strategies.activation",
     "AutocastKwargs": "drivetrain.trainer.kwargs_handlers",
     "Callback": "drivetrain.callbacks.base",
     "Checkpoint": "drivetrain.callbacks.checkpoint",
+    "Compile": "drivetrain.strategies.compile",
     "DDPStrategy": "drivetrain.strategies.ddp",
     "DataLoaderConfiguration": "drivetrain.trainer.data.config",
     "DistributedDataParallelKwargs": "drivetrain.trainer.kwargs_handlers",
@@ -61,6 +73,7 @@ _HOMES = {
     "Logger": "drivetrain.callbacks.loggers.base",
     "MSAMPRecipeKwargs": "drivetrain.trainer.kwargs_handlers",
     "MuonAdamW": "drivetrain.strategies.muon",
+    "OffloadStrategy": "drivetrain.strategies.offload.strategy",
     "ParallelPlan": "drivetrain.strategies.mesh",
     "Precision": "drivetrain.strategies.precision.base",
     "Preemption": "drivetrain.callbacks.preemption",
@@ -70,9 +83,25 @@ _HOMES = {
     "Trainer": "drivetrain.trainer.trainer",
     "TrainingModule": "drivetrain.trainer.module",
     "Watchdog": "drivetrain.callbacks.watchdog",
+    "attach_layerwise_casting_hooks": "drivetrain.strategies.offload.casting",
+    "cpu_offload": "drivetrain.strategies.offload.tiers",
+    "cpu_offload_with_hook": "drivetrain.strategies.offload.tiers",
+    "disk_offload": "drivetrain.strategies.offload.tiers",
+    "dispatch_model": "drivetrain.strategies.offload.dispatch",
+    "get_balanced_memory": "drivetrain.strategies.placement",
+    "infer_auto_device_map": "drivetrain.strategies.placement",
+    "infer_device_map": "drivetrain.strategies.placement",
+    "init_empty_weights": "drivetrain.strategies.offload.empty",
+    "init_on_device": "drivetrain.strategies.offload.empty",
     "launch": "drivetrain.trainer.launch.function",
+    "load_checkpoint_and_dispatch": "drivetrain.strategies.offload.dispatch",
+    "load_checkpoint_in_model": "drivetrain.strategies.offload.dispatch",
     "muon_groups": "drivetrain.strategies.muon",
+    "remove_hook_from_submodules": "drivetrain.strategies.offload.handle",
+    "save_torch_model": "drivetrain.strategies.offload.sharded",
     "seed_everything": "drivetrain.trainer.seed",
+    "split_torch_state_dict_into_shards": "drivetrain.strategies.offload.sharded",
+    "weights_of": "drivetrain.strategies.offload.handle",
 }
 
 _FOLDERS = ("callbacks", "strategies", "trainer")
@@ -97,6 +126,7 @@ __all__ = [
     "Logger",
     "MSAMPRecipeKwargs",
     "MuonAdamW",
+    "OffloadStrategy",
     "ParallelPlan",
     "Precision",
     "Preemption",
@@ -106,9 +136,25 @@ __all__ = [
     "Trainer",
     "TrainingModule",
     "Watchdog",
+    "attach_layerwise_casting_hooks",
+    "cpu_offload",
+    "cpu_offload_with_hook",
+    "disk_offload",
+    "dispatch_model",
+    "get_balanced_memory",
+    "infer_auto_device_map",
+    "infer_device_map",
+    "init_empty_weights",
+    "init_on_device",
     "launch",
+    "load_checkpoint_and_dispatch",
+    "load_checkpoint_in_model",
     "muon_groups",
+    "remove_hook_from_submodules",
+    "save_torch_model",
     "seed_everything",
+    "split_torch_state_dict_into_shards",
+    "weights_of",
 ]
 
 
