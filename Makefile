@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export OMP_NUM_THREADS ?= 1
+# deepspeed comes as sources: pure Python, unless it is told to compile its extensions while it is installed.
+export DS_BUILD_OPS = 0
 
 .PHONY: demo test slow lint format types wheel all clean
 .DEFAULT_GOAL := test

@@ -7,7 +7,8 @@ and 2); stage 3 cuts each parameter by itself. Either way a rank holds a stretch
     Partitions    the pieces of one engine: its masters, their gradients and their optimizer state
 Names are those of named_state.py, so every strategy reads what was saved here, and the other way round; the fp32 masters are what
 is saved, not the 16-bit copies. These names of DeepSpeed are private and pinned by tests/strategies/test_deepspeed_state.py:
-    stages 1, 2   round_robin_bit16_groups, round_robin_bit16_offsets, partition_size, single_partition_of_fp32_groups, averaged_gradients
+    stages 1, 2   round_robin_bit16_groups, round_robin_bit16_offsets, partition_size, single_partition_of_fp32_groups,
+                  averaged_gradients
     stage 1, bf16 bf16_groups, fp32_groups_flat_partition, fp32_groups_gradient_flat_partition
     stage 3       fp16_groups, grad_position, fp32_partitioned_groups_flat, fp16_partitioned_groups_flat, averaged_gradients
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ def boxes(start: int, stop: int, shape: Sequence[int]) -> Iterator[tuple[tuple[i
 
 
 def shards(stretch: Tensor, offset: int, shape: tuple[int, ...]) -> tuple[Shard, ...]:
-    """Return the flat `stretch`, which begins at `offset` of a tensor of `shape`, as what a checkpoint takes. Nothing is copied."""
+    """Return the flat `stretch`, which begins at `offset` of a tensor of `shape`, as what a checkpoint takes. A view."""
     found, at = [], 0
     for corner, size in boxes(offset, offset + stretch.numel(), shape):
         count = math.prod(size)
@@ -180,7 +181,7 @@ class Partitions:
                 continue
             if self.stage == 3 and not zero.offload_optimizer:
                 # A tensor for each parameter: the buffer that ZeRO reduces into.
-                held = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[parameter.ds_id]
+                held = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[cast(Any, parameter).ds_id]
                 found.append(held.view(-1)[: piece.numel])
                 continue
             if piece.group not in flats:
@@ -326,21 +327,44 @@ class _Flat(list[Tensor]):
         super().__init__([self.flat_partition])
 
 
+class Stand(Tensor):
+    """Stands for a tensor that is held in pieces, with its whole shape and no memory: named_state.py asks its `place` for such.
+
+    What is copied into it is dropped: `place` has kept what it read.
+    """
+
+    stands_for: Tensor
+
+    @staticmethod
+    def __new__(cls, real: Tensor) -> Stand:
+        stand = Tensor._make_wrapper_subclass(cls, full_shape(real), dtype=real.dtype, device=torch.device("meta"))
+        stand.stands_for = real
+        return stand
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0]
+
+
 class Receiver:
-    """Stands for a model whose tensors are read in stretches, and for an optimizer: takes what named_state.py would load.
+    """Stands for a model whose tensors are read in stretches.
 
     With it the checks and messages are those of every other strategy, and nothing is changed before all of them passed.
     """
 
-    def __init__(self, tensors: Mapping[str, tuple[int, ...]]) -> None:
-        self._tensors = {key: torch.empty(shape, device="meta") for key, shape in tensors.items()}
+    def __init__(self, tensors: Mapping[str, Stand]) -> None:
+        self._tensors = dict(tensors)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self._tensors
+        return dict(self._tensors)
+
+    def named_parameters(self, remove_duplicate: bool = True) -> list[tuple[str, Tensor]]:
+        return [(key, stand) for key, stand in self._tensors.items() if isinstance(stand.stands_for, nn.Parameter)]
 
 
-def receiver_of(optimizer: Optimizer, take: Callable[[dict[str, Any]], None]) -> Any:
-    """Return what looks like `optimizer` and gives what is loaded into it to `take`."""
-    stub = type(type(optimizer).__name__, (), {"load_state_dict": lambda self, state: take(state)})()
-    stub.param_groups = optimizer.param_groups
+def receiver_of(optimizer: Optimizer, stands: Mapping[int, Stand], take: Callable[[dict[str, Any]], None]) -> Any:
+    """Return what looks like `optimizer` over stand-ins, and gives what is loaded into it to `take`."""
+    stub: Any = type(type(optimizer).__name__, (), {"load_state_dict": lambda self, state: take(state)})()
+    stub.param_groups = [dict(g, params=[stands.get(id(p), p) for p in g["params"]]) for g in optimizer.param_groups]
+    stub.state = {}
     return stub
