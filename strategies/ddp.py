@@ -82,6 +82,8 @@ class DDPStrategy(Strategy):
         *,
         precision: str | Precision | None = None,
         inference: bool = False,
+        activation_checkpointing: Any = None,
+        compile: Any = None,
         find_unused_parameters: bool | None = None,
         static_graph: bool = False,
         bucket_cap_mb: float | None = None,
@@ -94,7 +96,9 @@ class DDPStrategy(Strategy):
         comm_state: Any = None,
         **peers: Any,
     ) -> None:
-        super().__init__(precision=precision, inference=inference)
+        super().__init__(
+            precision=precision, inference=inference, activation_checkpointing=activation_checkpointing, compile=compile
+        )
         given = _read_peers(peers)
         self.find_unused_parameters = find_unused_parameters
         self.static_graph = static_graph

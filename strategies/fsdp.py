@@ -81,6 +81,8 @@ class FSDPStrategy(Strategy):
         *,
         precision: str | Precision | None = None,
         inference: bool = False,
+        activation_checkpointing: Any = None,
+        compile: Any = None,
         plan: ParallelPlan | None = None,
         units: Units = "auto",
         reshard_after_forward: bool | int = True,
@@ -97,7 +99,7 @@ class FSDPStrategy(Strategy):
         forward_methods: Sequence[str] = (),
         **peers: Any,
     ) -> None:
-        super().__init__(precision=precision, inference=inference)
+        super().__init__(precision=precision, inference=inference, compile=compile)
         own = [n for n in FSDPStrategy.__init__.__kwdefaults__ or {} if n != "backward_prefetch"]
         if backward_prefetch is not None and not isinstance(backward_prefetch, int):
             peers["backward_prefetch"] = backward_prefetch
@@ -105,6 +107,7 @@ class FSDPStrategy(Strategy):
         given = read_peers(peers, own, hybrid=self.name == "hsdp")
         self.plan: ParallelPlan | None = given.get("plan", plan)
         self.plan_reason = "asked for"
+        self.activation_checkpointing = given.get("activation_checkpointing", activation_checkpointing)
         self.units: Units = given.get("units", units)
         self.reshard_after_forward: bool | int = given.get("reshard_after_forward", reshard_after_forward)
         self.offload: str | None = given.get("offload", offload)
@@ -230,7 +233,7 @@ class FSDPStrategy(Strategy):
         if self.inference:
             model.requires_grad_(False)
             model.eval()
-        model = self.precision.convert(model)
+        model = self.shape_blocks(name, self.precision.convert(model))
         group = self.mesh.group("stage")
         if self.sync_batchnorm and not self.inference and group is not None:
             from .batch_norm import convert_sync_batchnorm

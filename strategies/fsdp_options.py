@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .activation import ActivationCheckpointing
 from .errors import ConfigError, UnknownName, suggest
 from .mesh import ParallelPlan
 
@@ -29,8 +30,6 @@ _ALWAYS: Mapping[str, tuple[Any, str]] = {
     "limit_all_gathers": (True, "fully_shard always limits how far gathering runs ahead."),
     "fsdp_version": (2, "FSDP here is version 2 (torch's fully_shard); version 1 is deprecated in torch."),
     "save_distributed_checkpoint": (True, "Each rank always writes its own piece, and any number of ranks reads them."),
-    "activation_checkpointing_policy": (None, "Use activation checkpointing in the model: torch.utils.checkpoint.checkpoint."),
-    "activation_checkpointing": (False, "Use activation checkpointing in the model: torch.utils.checkpoint.checkpoint."),
     "param_init_fn": (None, "A model built under torch.device('meta') is filled by its modules' reset_parameters()."),
     "cluster_environment": (None, "The launcher's variables are read by the world."),
 }
@@ -78,6 +77,9 @@ def read_peers(peers: Mapping[str, Any], own: Iterable[str], *, hybrid: bool) ->
             given |= _sharding(value, hybrid)
         elif key == "cpu_offload":
             given["offload"] = "cpu" if getattr(value, "offload_params", value) else None
+        elif key == "activation_checkpointing_policy":
+            if value is not None:
+                given["activation_checkpointing"] = _checkpointing(value)
         elif key == "backward_prefetch":
             _check_prefetch(value)
         elif key in ("device_mesh", "data_parallel_size", "tensor_parallel_size"):
@@ -118,6 +120,16 @@ def _sharding(value: Any, hybrid: bool) -> dict[str, Any]:
             "or a plan with both axes: FSDPStrategy(plan=ParallelPlan(dp_replicate=2, dp_shard=-1))."
         )
     return {"reshard_after_forward": reshard}
+
+
+def _checkpointing(policy: Any) -> ActivationCheckpointing:
+    """Lightning's set of module classes."""
+    if not isinstance(policy, set | frozenset | list | tuple):
+        raise ConfigError(
+            f"activation_checkpointing_policy={policy!r:.60}: expected a set of module classes. A function over modules is "
+            "activation_checkpointing=ActivationCheckpointing(units=lambda name, module: ...)."
+        )
+    return ActivationCheckpointing(units=tuple(policy))
 
 
 def _check_prefetch(value: Any) -> None:

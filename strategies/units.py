@@ -81,10 +81,15 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         children = list(module.named_children())
         count: dict[type, int] = {}
         for _, child in children:
-            count[type(child)] = count.get(type(child), 0) + 1
+            kind = getattr(type(child), "_drivetrain_class", type(child))  # blocks.py gives some of them another class
+            count[kind] = count.get(kind, 0) + 1
         for key, child in children:
             path = f"{name}.{key}" if name else key
-            repeated = isinstance(module, _CONTAINERS) and count[type(child)] > 1 and _runs(child)
+            repeated = (
+                isinstance(module, _CONTAINERS)
+                and count[getattr(type(child), "_drivetrain_class", type(child))] > 1
+                and _runs(child)
+            )
             layer = not any(True for _ in child.children())
             if repeated and (not layer or _size(child) >= _SMALL):
                 found.append((path, child))

@@ -148,3 +148,11 @@ def test_what_does_not_fit_is_refused_by_name(ranks: Any) -> None:
     ]
     for part, text in zip(says, ranks(2, refusals)[0], strict=True):
         assert part in text
+
+
+def test_lightnings_activation_checkpointing_policy_is_a_set_of_classes() -> None:
+    strategy = FSDPStrategy(activation_checkpointing_policy={nn.TransformerEncoderLayer})
+    assert strategy.activation_checkpointing.units == (nn.TransformerEncoderLayer,)
+    assert FSDPStrategy(activation_checkpointing=True).activation_checkpointing is True
+    with pytest.raises(ConfigError, match="set of module classes"):
+        FSDPStrategy(activation_checkpointing_policy=lambda module: True)
