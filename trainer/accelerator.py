@@ -61,6 +61,7 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         plan: how many processes do what (`ParallelPlan`); the strategy may be "auto" then.
         models: a strategy for each named model, for runs with several; see `prepare`.
         gradient_accumulation_steps: micro-batches a step.
+        compile, activation_checkpointing: see `Compile` and `ActivationCheckpointing`; for all models that are trained.
         seed: what the order of the data (and nothing else) is drawn from.
         nonfinite: what happens when a loss or gradient is NaN or Inf: "raise" (default), "skip" the step, or "ignore".
         step_scheduler_with_optimizer: whether `scheduler.step()` waits for its optimizer; False steps at every call.
@@ -78,6 +79,8 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         plan: ParallelPlan | None = None,
         models: Mapping[str, str | Strategy] | None = None,
         gradient_accumulation_steps: int = 1,
+        compile: Any = None,
+        activation_checkpointing: Any = None,
         dataloader_config: DataLoaderConfiguration | None = None,
         project_dir: str | Path | None = None,
         log_with: Any = (),
@@ -115,6 +118,8 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         self.strategy, self.strategy_reason = configuration.choose_strategy(strategy, world, chosen, plan)
         self.strategy.start(self.world)
         self.strategies = configuration.start_strategies(models, self.world, chosen)
+        shaping = given.get("compile", compile), activation_checkpointing
+        configuration.give_shaping((self.strategy, *self.strategies.values()), *shaping)
         assert self.strategy.precision is not None
         self.precision: Precision = self.strategy.precision
         self.dataloader_config = dataloader_config if dataloader_config is not None else DataLoaderConfiguration()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..strategies.base import Strategy, make_precision, make_strategy
@@ -22,6 +22,8 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
         "cpu": "device",
         "project_config": "project_dir",
         "logging_dir": "project_dir",
+        "dynamo_backend": "compile",
+        "dynamo_plugin": "compile",
     },
     "Trainer": {
         "ckpt_path": "resume",
@@ -42,8 +44,6 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
     "Accelerator": {
         "gradient_accumulation_plugin": "Write gradient_accumulation_steps=n; the last window of an epoch always steps.",
         "fsdp_plugin": "Write strategy='fsdp', or strategy=FSDPStrategy(...) with its options.",
-        "dynamo_backend": "Compile the model yourself before prepare: model.compile().",
-        "dynamo_plugin": "Compile the model yourself before prepare: model.compile().",
         "device_placement": "Prepared objects are always on accelerator.device; keep the others out of prepare.",
         "rng_types": "The order of the data is made from (seed, epoch), the same on all ranks.",
         "split_batches": _LOADER,
@@ -69,7 +69,6 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
 }
 _NOT_GIVEN: Mapping[str, Any] = {
     "device_placement": True,
-    "dynamo_backend": "no",
     "use_distributed_sampler": True,
     "logger": True,
 }
@@ -176,6 +175,27 @@ def start_strategies(
         made.start(world)
         started[name] = made
     return started
+
+
+def give_shaping(strategies: Iterable[Strategy], compile: Any, activation_checkpointing: Any) -> None:
+    """Give the run's `compile` and `activation_checkpointing` to the strategies, each of which may have its own.
+
+    Raises:
+        ConfigError: values that cannot be.
+    """
+    if compile:
+        from ..strategies.compile import read_compile
+
+        compile = read_compile(compile)
+    if activation_checkpointing:
+        from ..strategies.activation import read_checkpointing
+
+        activation_checkpointing = read_checkpointing(activation_checkpointing)
+    for strategy in strategies:
+        if strategy.compile is None:
+            strategy.compile = compile
+        if strategy.activation_checkpointing is None:
+            strategy.activation_checkpointing = activation_checkpointing
 
 
 def _give_precision(strategy: Strategy, precision: Precision | None) -> None:

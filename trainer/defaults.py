@@ -34,6 +34,8 @@ def make_accelerator(trainer: Trainer) -> Accelerator:
         precision=trainer.precision_asked,
         plan=options["plan"],
         models=options["models"],
+        compile=options["compile"],
+        activation_checkpointing=options["activation_checkpointing"],
         gradient_accumulation_steps=options["accumulate_grad_batches"],
         dataloader_config=options["dataloader_config"],
         seed=seed,

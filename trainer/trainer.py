@@ -42,6 +42,7 @@ class Trainer(Runtime):
     Where: `strategy` ("auto", "single", "ddp", ... or an object), `devices` (processes; "auto" is one, or what a launcher
     started), `num_nodes`, `device` ("auto", "cpu", "cuda", ...), `precision` ("fp32", "bf16-mixed", "fp16-mixed", ...), `plan`
     (how many processes do what: `ParallelPlan(dp_replicate=2, dp_shard=-1)`; strategy="auto" follows it).
+    `compile` (True, a backend, a `Compile`), `activation_checkpointing` (True, "full", "selective", "offload", an object).
     Steps: `accumulate_grad_batches` micro-batches a step, or `global_batch_size` samples a step (accumulation follows from it);
     `gradient_clip_val` by `gradient_clip_algorithm` "norm" or "value"; `nonfinite` "raise", "skip" or "ignore".
     Validation: `val_check_interval` (optimizer steps; a part of the epoch; "500step", "2ep"), `check_val_every_n_epoch`,
@@ -70,6 +71,8 @@ class Trainer(Runtime):
         max_epochs: int | str | None = None,
         max_steps: int | str | None = None,
         max_time: Any = None,
+        compile: Any = False,
+        activation_checkpointing: Any = None,
         accumulate_grad_batches: int = 1,
         global_batch_size: int | None = None,
         gradient_clip_val: float | None = None,
