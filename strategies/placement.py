@@ -74,10 +74,8 @@ def _place(place: Place | torch.device) -> Place:
             here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             if here is None or kind not in (here.type, "gpu"):
                 known = ("cpu", "disk", *((here.type,) if here is not None else ()))
-                near = suggest(kind, known)
-                raise ConfigError(
-                    f"There is no device {place!r} here. Expected {', '.join(known)} or an accelerator's number.{near}"
-                )
+                expected = f"{', '.join(known)} or an accelerator's number.{suggest(kind, known)}"
+                raise ConfigError(f"There is no device {place!r} here. Expected {expected}")
             place = int(index or 0)
     count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     if not 0 <= place < count:

@@ -1,4 +1,4 @@
-"""A model larger than the memory it may take: seconds a token and peak memory, for what lies whole, in host memory and on the disk.
+"""A model larger than the memory it may take: seconds a token and peak memory; whole, in host memory, and on the disk.
 
     python tests/benchmarks/offload.py                            # 4 GB of bf16 weights, about two minutes
     python tests/benchmarks/offload.py --gigabytes 0.1 --methods whole,disk,disk-1 --json FILE
@@ -200,9 +200,8 @@ def measure(folder: Path, methods: Sequence[str], limit: str, threads: int = 1) 
 
 def table(results: Sequence[Mapping[str, Any]], total: int) -> str:
     """Lay the results out."""
-    rows = [
-        f"{'method':<18}{'s/token':>9}{'tokens/s':>10}{'peak MB':>9}{'load s':>8}{'read s':>8}{'compute s':>10}{'overhead':>10}  same"
-    ]
+    head = f"{'method':<18}{'s/token':>9}{'tokens/s':>10}{'peak MB':>9}{'load s':>8}"
+    rows = [f"{head}{'read s':>8}{'compute s':>10}{'overhead':>10}  same"]
     whole = next((r["result"] for r in results if r["method"] == "whole"), None)
     for r in results:
         row = f"{r['method']:<18}{r['token_s']:>9.3f}{1 / r['token_s']:>10.2f}{r['peak'] / 1e6:>9.0f}{r['load_s']:>8.2f}"
