@@ -66,7 +66,8 @@ class Saving:
         """Save models, optimizers, schedulers, scaler, loaders' positions, registered objects and random states. Collective.
 
         Args:
-            output_dir: the folder that holds the checkpoints; by default `project_dir`/checkpoints.
+            output_dir: the folder that holds the checkpoints, or a URL (memory://, s3://, ...: checkpoint/url_store.py); by
+                default `project_dir`/checkpoints.
             step: the number in the checkpoint's name; by default one more than the newest there.
             wait: False returns when the state is copied; a thread writes it while you train on. The next save, `load_state` and
                 `end_training` wait for it, and raise its error.
@@ -132,8 +133,10 @@ class Saving:
         return providers | {f"registered/{i}": o for i, o in enumerate(self.registered)}
 
     def _folder(self, given: str | Path | None) -> Path:
+        from ..strategies.checkpoint.urls import path_of
+
         if given is not None:
-            return Path(given)
+            return path_of(given)
         if self.project_dir is None:
             raise ConfigError("Where to? Give save_state and load_state a folder, or the Accelerator a project_dir.")
         return self.project_dir / "checkpoints"

@@ -8,6 +8,8 @@ layout.py      what lies on the disk: names, element types, manifest, safe openi
 job.py         one save on one rank
 writer.py      safetensors and JSON files with their checksums; fsync
 reader.py      Checkpoint: values and tensors, checked while they are read
+verified.py    files of which no byte is used before its checksum was compared, read in one pass
+urls.py        paths behind a URL, by fsspec; url_store.py  checkpoints there: the manifest is put last
 divide.py      who writes which piece of which tensor; do pieces cover their tensor
 weights.py     bare weights as Hugging Face has them
 lock.py        one process at a time saves in a folder

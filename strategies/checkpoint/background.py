@@ -20,6 +20,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -209,10 +210,11 @@ _open_handles: set[SaveHandle] = set()
 """Of this process: saves under way, and those that failed and that nobody was told of."""
 
 
-def join_all() -> None:
-    """Wait until no save of this process is under way, whichever world it belongs to."""
+def join_all(timeout_s: float | None = None) -> None:
+    """Wait until no save of this process is under way, whichever world it belongs to; or for `timeout_s` at most."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
     for handle in list(_open_handles):
-        handle._over.wait()
+        handle._over.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
 
 def _forget_after_fork() -> None:

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .urls import UrlPath
 
 FORMAT = "drivetrain.checkpoint"
 VERSION = 1
@@ -55,7 +56,7 @@ MAX_JSON = 2**30
 
 _DIR_FD = os.open in os.supports_dir_fd
 NO_FOLDER = -1
-"""Stands for the descriptor of a folder where the system has none (Windows)."""
+"""Stands for the descriptor of a folder where there is none (Windows, a URL)."""
 _FOLDER = re.compile(r"step-(\d{8,18})(?:\.(\d{1,9}))?")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}")
 _HEAD = re.compile(rb'\{"sha256": "([0-9a-f]{64})",')
@@ -152,7 +153,7 @@ def encode_manifest(content: Mapping[str, Any]) -> bytes:
     return b'{"sha256": "' + hashlib.sha256(rest).hexdigest().encode() + b'",' + rest
 
 
-def decode_manifest(data: bytes, where: Path) -> dict[str, Any]:
+def decode_manifest(data: bytes, where: object) -> dict[str, Any]:
     """Read what `encode_manifest` wrote.
 
     Raises:
@@ -223,9 +224,9 @@ def sizes(values: Any) -> list[int]:
     return [size_of(v) for v in values]
 
 
-def open_folder(path: Path) -> int:
+def open_folder(path: Path | UrlPath) -> int:
     """Open a checkpoint folder; files are opened relative to it, so swapping the folder underneath changes nothing."""
-    if not _DIR_FD:
+    if not _DIR_FD or isinstance(path, UrlPath):
         return NO_FOLDER
     return os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0))
 
@@ -261,12 +262,14 @@ def open_file(folder: int, name: str, where: Path, limit: int | None = None) -> 
     return descriptor, status.st_size
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path | UrlPath) -> dict[str, Any]:
     """Read and check the manifest of the checkpoint folder `path`.
 
     Raises:
         CheckpointError: there is none, or see `decode_manifest`.
     """
+    if isinstance(path, UrlPath):
+        return decode_manifest(path.read_limited(MANIFEST, MAX_JSON), path)
     try:
         folder = open_folder(path)
     except OSError as error:
@@ -299,3 +302,16 @@ def info_of(path: Path, manifest: Mapping[str, Any]) -> CheckpointInfo:
         num_bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
         saved_at=manifest["saved_at"],
     )
+
+
+def human(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def library_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("drivetrain")
+    except PackageNotFoundError:
+        return "unknown"

@@ -34,6 +34,7 @@ from .layout import (
 )
 from .state import join
 from .together import Alone, Ranks
+from .urls import UrlFile, UrlPath, path_of
 from .verified import LocalFile, VerifiedFile, Wanted
 from .writer import bytes_of
 
@@ -49,7 +50,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path: Path = path_of(path)
         self.manifest = read_manifest(self.path)
         self.info = info_of(self.path, self.manifest)
         self.step: int = self.info.step
@@ -250,7 +251,7 @@ class Checkpoint:
         if name not in self._files:
             if self._closed:
                 raise CheckpointError(f"{self.path} was closed; open it again to read from it.")
-            handle = LocalFile(self._folder, name, self.path)
+            handle = UrlFile(self.path / name) if isinstance(self.path, UrlPath) else LocalFile(self._folder, name, self.path)
             self._files[name] = VerifiedFile(handle, name, self.manifest["files"][name], self.path)
         return self._files[name]
 

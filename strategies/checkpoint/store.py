@@ -18,7 +18,6 @@ import os
 import secrets
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -43,17 +42,17 @@ from .layout import (
     encode_manifest,
     folder_name,
     info_of,
+    library_version,
     parse_folder,
     read_manifest,
 )
 from .lock import FolderLock
 from .reader import Checkpoint
 from .together import Alone, Ranks, Together, attempt
-from .writer import make_folder, sync_folder, write_bytes
+from .urls import is_url, path_of
+from .writer import check_space, make_folder, sync_folder, wait_for, write_bytes
 
 Steps = list[int]  # named here: inside the store, `list` is a method
-_MARGIN = 2**20
-"""Bytes that must stay free beside the checkpoint: headers, manifest, the file system's own."""
 _PATIENCE_S = 10.0
 """How long a save waits for another process to let go of the folder, and for the folder to appear on another machine."""
 _unfinished: set[Path] = set()
@@ -61,10 +60,20 @@ _unfinished: set[Path] = set()
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in the folder `root`. Methods marked "together" are called by all ranks."""
+    """The checkpoints of one run, in the folder `root`: a path, or a URL (url_store.py says what is different there).
+
+    Methods marked "together" are called by all ranks.
+    """
+
+    def __new__(cls, root: str | Path, world: Ranks | None = None) -> CheckpointStore:
+        if cls is CheckpointStore and is_url(root):
+            from .url_store import UrlStore
+
+            return super().__new__(UrlStore)  # pyright: ignore[reportArgumentType]
+        return super().__new__(cls)
 
     def __init__(self, root: str | Path, world: Ranks | None = None) -> None:
-        self.root = Path(root).expanduser().absolute()
+        self.root: Path = path_of(root).expanduser().absolute()
         self._world: Ranks = world or Alone()
         self._together = Together(self._world, self.root)
         self._background = Background.of(self._world)
@@ -157,12 +166,12 @@ class CheckpointStore:
         on_main = together.ranks.rank == 0
         temporary = self.root / together.from_main(what, lambda: self._open_temporary(job.step, needed))
         try:
-            outcome = (None, error) if error else attempt(lambda: job.write(_wait_for(temporary)))
+            outcome = (None, error) if error else attempt(lambda: job.write(self._see(temporary)))
             written = together.agree(what, outcome)
             told = together.from_main(what, lambda: self._commit(job, temporary, written))
         except BaseException:
             if on_main:
-                shutil.rmtree(temporary, ignore_errors=True)
+                self._drop(temporary)
             raise
         finally:
             _unfinished.discard(temporary)
@@ -200,11 +209,6 @@ class CheckpointStore:
         """
         self._background.settle()
 
-    def _take(self) -> None:
-        make_folder(self.root)
-        if self._lock is None:
-            self._lock = FolderLock(self.root / LOCK, _PATIENCE_S)
-
     def _exchange(self, job: Job, reports: list[Any]) -> list[Any] | None:
         """Return what each rank holds where they differ; None where all hold the same, as in ddp."""
         return None if len({r["digest"] for r in reports}) == 1 else self._world.gather_json([list(u) for u in job.held])
@@ -212,28 +216,21 @@ class CheckpointStore:
     def _take_and_clear(self) -> None:
         """Take the folder and delete what killed saves left: also for a run that has nothing more to save."""
         self._take()
-        for name in os.listdir(self.root):
-            if name.startswith(TEMPORARY) and self.root / name not in _unfinished:
-                shutil.rmtree(self.root / name, ignore_errors=True)
+        self._clear(_unfinished)
 
     def _open_temporary(self, step: int, needed: int) -> str:
         self._take_and_clear()
-        free = shutil.disk_usage(self.root).free
-        if free < needed + _MARGIN:
-            raise CheckpointError(
-                f"the checkpoint takes {_human(needed)}, and {self.root} has {_human(free)} free. "
-                "Free some space, keep fewer checkpoints, or choose another root."
-            )
-        name = f"{TEMPORARY}{folder_name(step)}-{secrets.token_hex(4)}"
+        self._check_space(needed)
+        name = self._name_of_temporary(step)
         _unfinished.add(self.root / name)
-        os.mkdir(self.root / name)
+        (self.root / name).mkdir()
         return name
 
     def _commit(self, job: Job, temporary: Path, written: list[Any]) -> dict[str, Any]:
         """Check that everything is there, write the manifest, rename; return what the others must know. On rank 0."""
         tables = job.index(written)
         for name, entry in tables["files"].items():
-            size = os.stat(temporary / name).st_size if os.path.lexists(temporary / name) else None
+            size = self._size(temporary / name)
             if size != entry["bytes"]:
                 raise CheckpointError(
                     f"{name}, written by another rank, is not to be seen from rank 0 in {temporary} "
@@ -248,20 +245,11 @@ class CheckpointStore:
             "meta": job.meta,
             "world_size": job.size,
             "torch": str(torch.__version__),
-            "drivetrain": _version(),
+            "drivetrain": library_version(),
             "saved_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
             **tables,
         }
-        write_bytes(temporary / MANIFEST, [memoryview(encode_manifest(content))])
-        sync_folder(temporary)
-        final = folder_name(job.step, revision)
-        # Rename last: a reader sees either no checkpoint or the whole one.
-        os.rename(temporary, self.root / final)
-        try:
-            sync_folder(self.root)
-        except OSError:
-            self._delete(self.root / final)  # nobody knows whether it would survive a power cut
-            raise
+        final = self._publish(temporary, folder_name(job.step, revision), encode_manifest(content))
         self._sequence = sequence
         sizes = {name: {"bytes": entry["bytes"]} for name, entry in tables["files"].items()}
         return {"name": final, "files": sizes} | {k: content[k] for k in ("step", "sequence", "meta", "world_size", "saved_at")}
@@ -386,15 +374,6 @@ class CheckpointStore:
         return sorted(going - set(self._remove(going)))
 
     # -- inside -------------------------------------------------------------------------------------------------------
-    def _folders(self) -> list[Path]:
-        """Return the committed folders, by step. Links are none of ours."""
-        try:
-            with os.scandir(self.root) as entries:
-                found = [e.name for e in entries if parse_folder(e.name) and e.is_dir(follow_symlinks=False)]
-        except FileNotFoundError:
-            return []
-        return [self.root / name for name in sorted(found, key=lambda name: parse_folder(name) or (0, 0))]
-
     def _scan(self) -> tuple[list[CheckpointInfo], list[tuple[int, str]]]:
         """Return what has a readable manifest, oldest commit first, and (step, reason) of what has not."""
         infos: list[CheckpointInfo] = []
@@ -422,11 +401,11 @@ class CheckpointStore:
 
     def _path_of(self, target: str | Path | int) -> Path:
         if isinstance(target, int):
-            path = self.path_of(target)
-            if path is None:
+            found = self.path_of(target)
+            if found is None:
                 raise CheckpointError(f"There is no checkpoint of step {target} in {self.root}.{self._near()}")
-            return path
-        path = Path(target).expanduser()
+            return found
+        path: Path = path_of(target).expanduser()
         path = path.resolve() if path.exists() else self.root / path
         if path.is_file():
             raise CheckpointError(
@@ -450,6 +429,53 @@ class CheckpointStore:
             self._whole.add(path)
         return path in self._whole
 
+    # -- on a disk: what another place does in its own way ----------------------------------------------------------------
+    def _take(self) -> None:
+        make_folder(self.root)
+        if self._lock is None:
+            self._lock = FolderLock(self.root / LOCK, _PATIENCE_S)
+
+    def _clear(self, unfinished: set[Path]) -> None:
+        for name in os.listdir(self.root):
+            if name.startswith(TEMPORARY) and self.root / name not in unfinished:
+                shutil.rmtree(self.root / name, ignore_errors=True)
+
+    def _check_space(self, needed: int) -> None:
+        check_space(self.root, needed)
+
+    def _name_of_temporary(self, step: int) -> str:
+        return f"{TEMPORARY}{folder_name(step)}-{secrets.token_hex(4)}"
+
+    def _see(self, folder: Path) -> Path:
+        return wait_for(folder, _PATIENCE_S)
+
+    def _size(self, path: Path) -> int | None:
+        return os.stat(path).st_size if os.path.lexists(path) else None
+
+    def _drop(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _publish(self, temporary: Path, final: str, manifest: bytes) -> str:
+        write_bytes(temporary / MANIFEST, [memoryview(manifest)])
+        sync_folder(temporary)
+        # Rename last: a reader sees either no checkpoint or the whole one.
+        os.rename(temporary, self.root / final)
+        try:
+            sync_folder(self.root)
+        except OSError:
+            self._delete(self.root / final)  # nobody knows whether it would survive a power cut
+            raise
+        return final
+
+    def _folders(self) -> list[Path]:
+        """Return the committed folders, by step. Links are none of ours."""
+        try:
+            with os.scandir(self.root) as entries:
+                found = [e.name for e in entries if parse_folder(e.name) and e.is_dir(follow_symlinks=False)]
+        except FileNotFoundError:
+            return []
+        return [self.root / name for name in sorted(found, key=lambda name: parse_folder(name) or (0, 0))]
+
     def _delete(self, path: Path) -> bool:
         """Delete a folder: first take its name away, so that a kill in between leaves no half checkpoint."""
         self._whole.discard(path)
@@ -465,29 +491,3 @@ class CheckpointStore:
 
 def _step_of(path: Path) -> int:
     return (parse_folder(path.name) or (-1, 0))[0]
-
-
-def _wait_for(folder: Path) -> Path:
-    """Return `folder` once it can be seen: another machine's view of a shared file system may lag behind."""
-    deadline = time.monotonic() + _PATIENCE_S
-    while not folder.is_dir():
-        if time.monotonic() > deadline:
-            raise CheckpointError(
-                f"{folder}, made by rank 0, is not to be seen here. All ranks must see one folder: "
-                "put the root on a shared file system."
-            )
-        time.sleep(0.05)
-    return folder
-
-
-def _human(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("drivetrain")
-    except PackageNotFoundError:
-        return "unknown"

