@@ -5,9 +5,9 @@
     Health(on_spike="skip")                                 the step is left out
 
 What is detected when. Between log points no value is read and nothing is exchanged: losses are kept on the device. At each log
-point (`log_every_n_steps`) those since the last one are gathered from all ranks and judged, step by step; on a CPU also at once
-when a step was left out as not finite. So every step is judged but those after the last log point, a spike is known at the next
-one, and all ranks judge the same numbers and act at the same step.
+point (`log_every_n_steps`), and at the end of the training, those since the last one are gathered from all ranks and judged, step
+by step; on a CPU also at once when a step was left out as not finite. So every step is judged, a spike is known at the next log
+point, and all ranks judge the same numbers and act at the same step.
     raise, rollback     judge the step's loss: the mean over its micro-batches and all ranks
     skip                must know before the weights change: every rank compares each of its micro-batches with the limit of the
                         last log point, on the device; one above it anywhere leaves the whole step out
@@ -206,6 +206,11 @@ class Health(Callback):
     def on_log(self, trainer: TrainerView, module: nn.Module, metrics: dict[str, float], step: int) -> None:
         # Also called with the values of a validation and of an epoch's end: then there is nothing to look at.
         if self._steps and step % trainer.log_every_n_steps == 0 and self._steps[-1][0] == step:
+            self._look(trainer)
+
+    def judge_the_rest(self, trainer: TrainerView) -> None:
+        """Judge the steps since the last log point. The loop calls it when it has come to its end, on all ranks."""
+        if self._steps:
             self._look(trainer)
 
     def on_save_checkpoint(self, trainer: TrainerView, module: nn.Module, checkpoint: dict[str, Any]) -> None:

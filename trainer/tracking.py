@@ -119,7 +119,7 @@ class _Handle:
             self._call("log", lambda: self.logger.log(metrics, step))
 
     def roll_back(self, state: Mapping[str, Any], step: int) -> None:
-        if self.alive and not self.logger.remote:
+        if self.alive:
             self._call("roll_back", lambda: self.logger.roll_back(state, step))
 
     def close(self, status: str) -> None:
@@ -184,6 +184,13 @@ class _RemoteHandle(_Handle):
             self._queue.put_nowait(lambda: self.logger.log(metrics, step))
         except queue.Full:
             self.warn("log", f"does not keep up: {QUEUE_LENGTH} log points wait for it, and further ones are dropped")
+
+    def roll_back(self, state: Mapping[str, Any], step: int) -> None:
+        if self.alive:
+            try:
+                self._queue.put_nowait(lambda: self.logger.roll_back(state, step))
+            except queue.Full:
+                self.warn("roll_back", f"does not keep up: it was not told that the run went back to step {step}")
 
     def close(self, status: str) -> None:
         if self._thread is None:

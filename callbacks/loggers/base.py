@@ -77,7 +77,7 @@ class Logger:
         """Take it back, before `start`."""
 
     def roll_back(self, state: Mapping[str, Any], step: int) -> None:
-        """The running training went back to `step`, at which `state_dict` was `state`; not called where `remote`."""
+        """The running training went back to `step`, at which `state_dict` was `state`: forget what came later, if you can."""
 
 
 _SECRET_WORDS = {

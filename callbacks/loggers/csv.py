@@ -33,13 +33,10 @@ class CSVLogger(Logger):
 
     def start(self, run: RunInfo) -> None:
         self._path = run.root / FILE
-        rows: list[dict[str, Any]] = []
-        if self._path.exists():
-            with self._path.open(encoding="utf-8", newline="") as file:
-                reader = csv.DictReader(file)
-                rows = [row for row in reader if _is_whole(row) and (not run.resumed or int(row["step"]) <= run.step)]
-                self._columns = list(dict.fromkeys([*_FIRST, *(reader.fieldnames or [])]))
-        self._write_all(rows)
+        self._cut_back(run.step if run.resumed else None)
+
+    def roll_back(self, state: Mapping[str, Any], step: int) -> None:
+        self._cut_back(step)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         assert self._path is not None
@@ -59,6 +56,17 @@ class CSVLogger(Logger):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _cut_back(self, step: int | None) -> None:
+        """Keep the whole rows, up to `step` if there is one."""
+        assert self._path is not None
+        rows: list[dict[str, Any]] = []
+        if self._path.exists():
+            with self._path.open(encoding="utf-8", newline="") as file:
+                reader = csv.DictReader(file)
+                rows = [row for row in reader if _is_whole(row) and (step is None or int(row["step"]) <= step)]
+                self._columns = list(dict.fromkeys([*_FIRST, *(reader.fieldnames or [])]))
+        self._write_all(rows)
 
     def _write_all(self, rows: list[dict[str, Any]]) -> None:
         """Write the header and the rows, and stand at the end."""

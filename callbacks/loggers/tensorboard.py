@@ -45,6 +45,13 @@ class TensorBoardLogger(Logger):
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
+    def roll_back(self, state: Mapping[str, Any], step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = self.writer.log_dir
+        self.writer.close()
+        self.writer = SummaryWriter(folder, purge_step=step + 1)  # as after a resume: another file, which tells what to forget
+
     def close(self, status: str) -> None:
         if self.writer is not None:
             self.writer.close()

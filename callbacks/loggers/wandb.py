@@ -24,6 +24,10 @@ __all__ = ["WandbLogger"]
 class WandbLogger(Logger):
     """Sends metrics to wandb, from a thread of its own. `run` is wandb's Run, once it has started.
 
+    wandb forgets nothing. When a training is rolled back (Health), its curve goes on behind what was left out: `rolled_back_to`
+    marks the place, wandb's own step runs ahead from there, and the training's is the metric `global_step`. metrics.jsonl, csv
+    and tensorboard show the one curve that counts.
+
     Args:
         project: where the run appears; default: the run's name.
         mode: "online", "offline" or "disabled"; default: what WANDB_MODE says, else online.
@@ -59,6 +63,7 @@ class WandbLogger(Logger):
         self.init_timeout_s, self.close_timeout_s = init_timeout_s, close_timeout_s
         self.options = options
         self.run: Any = None
+        self._last = self._ahead = 0  # the last step told to wandb, and how far its steps are ahead of ours after rollbacks
 
     def start(self, run: RunInfo) -> None:
         mode = self.mode or os.environ.get("WANDB_MODE") or "online"
@@ -112,7 +117,16 @@ class WandbLogger(Logger):
             self.run = wandb.init(mode="offline", **arguments)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(metrics), step=step)
+        values = dict(metrics)
+        if self._ahead:
+            values["global_step"] = step
+        self._last = max(self._last, step + self._ahead)
+        self.run.log(values, step=step + self._ahead)
+
+    def roll_back(self, state: Mapping[str, Any], step: int) -> None:
+        # wandb forgets nothing, and drops what comes with a smaller step than it has seen.
+        self._ahead = max(self._ahead, self._last - step)
+        self.run.log({"rolled_back_to": step}, step=self._last)
 
     def close(self, status: str) -> None:
         if self.run is not None:
@@ -120,10 +134,11 @@ class WandbLogger(Logger):
             self.run = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"id": self.id}
+        return {"id": self.id, "ahead": self._ahead}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.id = str(state.get("id", self.id))
+        self._ahead = int(state.get("ahead", 0))
 
 
 def _has_key(wandb: Any) -> bool:

@@ -31,7 +31,7 @@ from ...strategies.environment import read_environment
 from ...strategies.errors import ConfigError, DistributedError
 from .agent import Rank, check_ranks, forwarding_signals, kill_all, listening_socket, rank_variables, reset_signals, supervise
 from .child import die_with_parent
-from .report import exit_code, report
+from .report import exit_code, finish_saves, report
 
 T = TypeVar("T")
 
@@ -214,6 +214,7 @@ def _rank_main(
 
 def _leave(code: int) -> NoReturn:
     # Not through the interpreter's shutdown: a fork holds the parent's `atexit` functions, which are not its own to run.
+    finish_saves(code)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

@@ -40,6 +40,7 @@ _CONSEQUENCE = re.compile(
     r"application timeout caused pair closure|store of rank 0 is gone",
     re.IGNORECASE,
 )
+_SAVE_S = 30.0
 _ROOT = Path(__file__).resolve().parents[2]
 # Whose frames are not the user's: ours (this may be a checkout, with the user's examples beside it) and Python's.
 _NOT_USERS = (
@@ -142,8 +143,21 @@ def report_and_exit(error: BaseException) -> NoReturn:
     end(report(error))
 
 
+def finish_saves(code: int) -> None:
+    """Wait for checkpoints that are being written beside the program, as Python's own end does, which `os._exit` leaves out.
+
+    After an error at most `_SAVE_S` seconds: with a rank gone a save may never end. Then a folder that no one takes for a
+    checkpoint is left of it.
+    """
+    background = sys.modules.get("drivetrain.strategies.checkpoint.background")
+    if background is not None:  # else nothing was ever saved
+        with contextlib.suppress(Exception):
+            background.join_all(None if code == DONE else _SAVE_S)
+
+
 def end(code: int) -> NoReturn:
-    """Run the `atexit` functions, flush, and leave with `code`, whatever threads are still running."""
+    """Finish saves, run the `atexit` functions, flush, and leave with `code`, whatever other threads are still running."""
+    finish_saves(code)
     with contextlib.suppress(BaseException):
         threading.Timer(5.0, os._exit, [code]).start()  # a function that hangs does not hold up the end
         atexit._run_exitfuncs()

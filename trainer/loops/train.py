@@ -61,7 +61,7 @@ class TrainLoop:
         trainer.in_window = True
         self._do_what_is_due()
         self._note()
-        while not trainer.should_stop and not trainer.reached_limit():
+        while self._goes_on():
             if not trainer.resumed_mid_epoch:
                 self.loader.set_epoch(progress.epoch)
                 self.hooks.call("on_train_epoch_start")
@@ -73,6 +73,22 @@ class TrainLoop:
             elif ended:
                 self._end_epoch()
                 self._note()
+
+    def _goes_on(self) -> bool:
+        """Whether there is more to train; at the end, whether a callback that judges the last steps goes back before them."""
+        trainer = self.trainer
+        if not trainer.should_stop and not trainer.reached_limit():
+            return True
+        if trainer.leaving:
+            return False  # the resumed run judges them
+        for callback in trainer.callbacks:
+            judge = getattr(callback, "judge_the_rest", None)  # callbacks/health.py has it
+            if judge is not None:
+                judge(trainer)
+        if trainer.rolling_back is None:
+            return False
+        self._roll_back(trainer.rolling_back)
+        return self._goes_on()
 
     def _do_what_is_due(self) -> None:
         """Begin a resumed run with what the saved one had still to do after its last step."""
@@ -94,7 +110,7 @@ class TrainLoop:
             if not progress.batch_in_epoch:
                 self.hooks.call("on_train_epoch_start")
             self._end_epoch()
-        if not trainer.should_stop:
+        if not trainer.should_stop and not trainer.reached_limit():
             if not progress.batch_in_epoch:
                 self.hooks.call("on_train_epoch_start")
             go_on(trainer, back)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from drivetrain.strategies.checkpoint import CheckpointStore
 from drivetrain.strategies.errors import ConfigError, DistributedError
 from drivetrain.strategies.world import World
+from drivetrain.trainer.accelerator import Accelerator
 from drivetrain.trainer.launch import launch
 
 forks = pytest.mark.skipif(sys.platform != "linux", reason="waits for Linux: processes are forked")
@@ -162,3 +165,25 @@ def test_spawned_processes_give_the_same(tmp_path: Path) -> None:
 
     ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=90)
     assert (ended.stdout, ended.stderr) == ("[(0, 6.0), (1, 6.0)]\n", "")
+
+
+def saves_and_returns(folder: Path, fails: bool) -> None:
+    """Leave a save behind that has just begun, on a slow disk."""
+    real = os.fsync
+    os.fsync = lambda descriptor: (time.sleep(0.05), real(descriptor))[1]  # pyright: ignore[reportAttributeAccessIssue]
+    accelerator = Accelerator(strategy="ddp")
+    accelerator.prepare(torch.nn.Linear(5, 5))
+    handle = accelerator.save_state(folder, wait=False)
+    assert not handle.done
+    if fails:
+        raise ValueError("it fails here")
+
+
+@pytest.mark.parametrize(("devices", "fails"), [(2, False), (1, True)])
+def test_a_save_that_is_under_way_when_the_function_ends_is_finished(devices: int, fails: bool, tmp_path: Path) -> None:
+    """The processes end by os._exit, which waits for no thread. (Ranks beside one that failed are stopped.)"""
+    with pytest.raises(ValueError, match="it fails here") if fails else contextlib.nullcontext():
+        launch(saves_and_returns, tmp_path, fails, devices=devices)
+    infos = CheckpointStore(tmp_path).list()
+    assert len(infos) == 1
+    assert CheckpointStore(tmp_path).verify(infos[0].path) == []
