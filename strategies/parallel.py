@@ -151,7 +151,12 @@ class ParallelStrategy(PipelineStrategy):
                     args, kwargs = part.enter(sharded.model, method, step, args, kwargs)
                     if (context := part.inside(method)) is not None:
                         stack.enter_context(context)
-                output = step(*args, **kwargs)
+                try:
+                    output = step(*args, **kwargs)
+                except Exception as error:
+                    for advice in filter(None, (part.advice(error) for part in parts)):
+                        error.add_note(advice)
+                    raise
                 for part in parts:
                     if part.finishes:
                         output = part.finish(output)
@@ -166,6 +171,9 @@ class ParallelStrategy(PipelineStrategy):
                 if (context := part.inside(None)) is not None:
                     stack.enter_context(context)
             super().backward(loss, **kwargs)
+        if all(sharded.syncing for sharded in self._sharded.values()):
+            for part in self.parts:
+                part.after_backward()
 
     def mesh_of(self, path: str, module: nn.Module) -> DeviceMesh:
         for part in self.parts:

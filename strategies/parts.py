@@ -15,6 +15,8 @@ Each part has a file: tensor_parallel.py, context_parallel.py, expert_parallel.p
                                  a step begins: the arguments as this rank is to see them
     inside(method)               a context in which a step runs, and (method None) a backward pass; or None
     finish(output)               what a step returned, made plain again
+    after_backward()             gradients are there, reduced
+    advice(error)                a sentence to be said beside an error of a step
     explain()                    rows for the table
 """
 
@@ -89,6 +91,13 @@ class Part:
     def finish(self, output: Any) -> Any:
         """What a step returned, such that code that knows nothing of this axis can go on with it."""
         return output
+
+    def after_backward(self) -> None:
+        """Called after each backward pass that reduced gradients."""
+
+    def advice(self, error: Exception) -> str | None:
+        """A sentence that may help with an `error` of a step."""
+        return None
 
     def explain(self) -> list[tuple[str, str]]:
         return []

@@ -124,7 +124,8 @@ class Sharded:
         model = self.model
         group = self.group if synced else None
         replaced: list[tuple[nn.Parameter, nn.Parameter]] = []
-        first: dict[int, nn.Parameter] = {}  # id of a parameter that `shape` made -> the one whose place it took
+        # By id of a parameter that `shape` made: it, and the one whose place it took. Held, so that no other gets their ids.
+        first: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         done: set[int] = set()  # what fully_shard made
 
         def visit(name: str, module: nn.Module) -> None:
@@ -134,7 +135,7 @@ class Sharded:
 
         def leave(name: str, module: nn.Module) -> None:
             if shape is not None and shape.wants(name, module):
-                first.update((id(new), old) for old, new in self._shape(shape, name, module, group))
+                first.update((id(new), (new, old)) for old, new in self._shape(shape, name, module, group))
             root = module is model
             if not root and id(module) not in units:
                 return
@@ -155,7 +156,7 @@ class Sharded:
             for key, old in own.items():
                 if id(old) not in whole:
                     done.add(id(new[key]))
-                    replaced.append((first.get(id(old), old), new[key]))
+                    replaced.append((first[id(old)][1] if id(old) in first else old, new[key]))
                     if not isinstance(old, DTensor):
                         old.data = old.data.new_empty(0)
             assert isinstance(module, FSDPModule)
@@ -233,7 +234,7 @@ class Sharded:
             return step(*args, **kwargs)
         except Exception:
             if self.depth == 1:  # or the next step would find half of this one
-                self.root.reset_iter_state()
+                self.forget()
             raise
         finally:
             self.depth -= 1
@@ -293,6 +294,11 @@ class Sharded:
                 self.root.reshard()
         if self.depth:
             self.root.unshard()
+
+    def forget(self) -> None:
+        """Forget a step that was broken off, wherever it was. Before the first forward there is nothing to forget."""
+        if self.root._get_fsdp_state()._is_root is not None:
+            self.root.reset_iter_state()
 
     def free(self) -> None:
         """Free whatever is gathered: a step may have been broken off."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from .errors import ConfigError, UnknownName, suggest
 
-__all__ = ["Units", "choose_units"]
+__all__ = ["Units", "choose_units", "repeated_blocks"]
 
 Units = str | int | None | Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
 
@@ -39,8 +39,7 @@ def choose_units(model: nn.Module, units: Units = "auto") -> list[tuple[str, nn.
     if units is None:
         return []
     if units == "auto":
-        chosen = _named_by_model(model)
-        chosen = _blocks(model) if chosen is None else chosen
+        chosen = repeated_blocks(model)
         return _untied(model, [*chosen, *_big(model, chosen)])
     if isinstance(units, int) and not isinstance(units, bool):
         return _untied(model, _by_size(model, units))
@@ -53,6 +52,12 @@ def choose_units(model: nn.Module, units: Units = "auto") -> list[tuple[str, nn.
             "(['Block']), or a function (name, module) -> bool."
         )
     return _untied(model, _by_class(model, list(units)))
+
+
+def repeated_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return (name, module) of the blocks that a model is a stack of: those it names itself, or the outermost that repeat."""
+    named = _named_by_model(model)
+    return _blocks(model) if named is None else named
 
 
 def _runs(module: nn.Module) -> bool:
