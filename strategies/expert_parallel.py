@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from .autograd_collectives import all_to_all, exchange
@@ -139,14 +138,6 @@ class ExpertPart(Part):
         inside = {id(m) for m in model.modules()}
         return [(path, module) for key, (path, module) in self._experts.items() if key in inside]
 
-    def sharded(self, name: str, model: nn.Module) -> None:
-        """Divide the experts' gradients, sums over the tokens of all of ep, as those of other parameters are."""
-        for _, module in self.units(name, model):
-            assert isinstance(module, FSDPModule)
-            module.set_gradient_divide_factor(float(self.mesh.size("loss")))
-            if self.strategy.device.type == "cpu":
-                module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-
     # -- words --------------------------------------------------------------------------------------------------------
     def explain(self) -> list[tuple[str, str]]:
         ranks, shards = self.mesh.size("ep"), self.mesh.size("expert_fsdp")
@@ -156,12 +147,18 @@ class ExpertPart(Part):
 
 def _forward(module: nn.Module, own: Callable[..., Tensor], group: dist.ProcessGroup, tokens: Tensor, counts: Tensor) -> Tensor:
     """What the module's forward is under ep."""
+    share = functools.partial(torch.mul, other=1 / group.size())
 
     def local(received: Tensor, counts_here: Tensor) -> Tensor:
         # Its parameters are DTensors over ep while they are gathered; its code is given this rank's experts as plain tensors.
         held = [(o, k, p) for o in module.modules() for k, p in o._parameters.items() if isinstance(p, DTensor)]
         for owner, key, parameter in held:
-            owner._parameters[key] = parameter.to_local()  # pyright: ignore[reportArgumentType]
+            here: Any = parameter.to_local()
+            if here.requires_grad:
+                # The tokens of all ranks of ep are in this gradient, and fully_shard averages it over the others only. (Its own
+                # set_gradient_divide_factor divides twice on a mesh of one rank: torch 2.13, foreach_reduce.)
+                here.register_hook(share)
+            owner._parameters[key] = here
         try:
             return own(received, counts_here)
         finally:

@@ -44,11 +44,9 @@ def grouped_linear(x_ND: Tensor, weight_EHD: Tensor, counts: Sequence[int]) -> T
 def _takes_grouped(x: Tensor, weight: Tensor) -> bool:
     if x.shape[0] == 0:
         return False
-    if x.device.type == "cpu":
-        return x.dtype in _GROUPED_ON_CPU
-    # The kernel wants rows that start at 16 bytes.
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    return x.device.type == "cuda" and x.dtype == torch.bfloat16 and aligned
+    dtypes = {"cpu": _GROUPED_ON_CPU, "cuda": (torch.bfloat16,)}.get(x.device.type, ())
+    # It wants rows that start at 16 bytes, in the backward pass too.
+    return x.dtype in dtypes and all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
 
 
 class Experts(nn.Module):
