@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..strategies.base import Strategy, make_precision
+from ..strategies.dispatched import check_dispatched
 from ..strategies.errors import ConfigError
 from ..strategies.precision.base import Precision
 from ..strategies.world import World
@@ -40,6 +41,7 @@ from .data.config import DataLoaderConfiguration
 from .gathering import Gathering
 from .launch.report import install_excepthook
 from .optimizers import PreparedOptimizer, PreparedScheduler, check_strays, owners
+from .pipeline import Pipelines
 from .process_control import ProcessControl
 from .saving import Saving
 from .stepping import Accumulating, Stepping
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 __all__ = ["Accelerator"]
 
 
-class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
+class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers, Pipelines):
     """Prepares models, optimizers, schedulers and loaders for the machine at hand, and does what a step needs beside your code.
 
     Args:
@@ -190,6 +192,7 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers):
         for name, model in models.items():
             if name in self.models or any(model is m for m in [*self.models.values(), *self.prepared_models.values()]):
                 raise ConfigError(f"The model {name!r} ({type(model).__name__}) is prepared already. Prepare each model once.")
+            check_dispatched(name, model, self.strategies.get(name, self.strategy))
         built: Mapping[str, Optimizer] = {}
         by_strategy: dict[Strategy, dict[str, nn.Module]] = {}
         for name, model in models.items():

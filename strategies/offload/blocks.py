@@ -101,7 +101,6 @@ class StreamedModule:
         self.skip_keys: frozenset[str] = frozenset()
         self.own_forward: Callable[..., Any] = module.forward
         self.had_forward = "forward" in module.__dict__
-        self._hidden: tuple[Callable[..., Any], ...] | None = None
         module.forward = self._around()
         for binding in self.bindings:
             binding.put(binding.stand_in)
@@ -109,33 +108,26 @@ class StreamedModule:
     # -- the forward --------------------------------------------------------------------------------------------------
     def _around(self) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            enter, saving, leave, restore = self._steps()
-            slot = enter(args, kwargs)
+            enter, saving, leave, restore = _steps(forward)
+            slot = enter(self, args, kwargs)
             try:
-                with saving(slot):
+                with saving(self, slot):
                     if moves:
                         args, kwargs = self._moved(args, kwargs)
                     output = self.own_forward(*args, **kwargs)
             except BaseException:
-                restore(slot)
+                restore(self, slot)
                 raise
-            return leave(slot, output)
+            return leave(self, slot, output)
 
         moves = self.stream.device.type != "cpu"
         forward.__name__ = forward.__qualname__ = "forward"
         forward.__doc__ = self.own_forward.__doc__
         forward.__signature__ = inspect.signature(self.own_forward)  # type: ignore[attr-defined]
         forward.streamed = self  # type: ignore[attr-defined]
+        forward._torchdynamo_disable = True  # type: ignore[attr-defined]
+        forward._torchdynamo_disable_msg = "its weights pass through a buffer: what it calls is compiled"  # type: ignore[attr-defined]
         return forward
-
-    def _steps(self) -> tuple[Callable[..., Any], ...]:
-        """Enter, saving, leave, restore: hidden from Dynamo once it is there, so that it compiles what lies between them."""
-        plain = (self._enter, self._saving, self._leave, self._restore)
-        if "torch._dynamo" not in sys.modules:
-            return plain
-        if self._hidden is None:
-            self._hidden = _hide(self.module.forward, plain)
-        return self._hidden
 
     def _enter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Slot:
         if torch.is_grad_enabled() and self.module.training:
@@ -227,13 +219,28 @@ def _unpack(kept: Any) -> Tensor:
         return base.as_strided(kept.size, kept.stride, kept.offset)
 
 
-def _hide(around: Callable[..., Any], steps: Sequence[Callable[..., Any]]) -> tuple[Callable[..., Any], ...]:
-    """Keep Dynamo out of the frame of `around` and out of `steps`; it goes on with what `around` calls between them."""
-    from torch._dynamo.decorators import skip
+_PLAIN: tuple[Callable[..., Any], ...] = (
+    StreamedModule._enter,
+    StreamedModule._saving,
+    StreamedModule._leave,
+    StreamedModule._restore,
+)
+_hidden: list[tuple[Callable[..., Any], ...]] = []
 
-    skip(around)
-    around._torchdynamo_disable_msg = "its weights pass through a buffer: what is inside is compiled"  # type: ignore[attr-defined]
-    return tuple(torch.compiler.disable(step) for step in steps)
+
+def _steps(around: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+    """Enter, saving, leave, restore. Once Dynamo is there they and the frame of `around` are hidden from it.
+
+    It goes on with what `around` calls between them: a block's own forward, in which nothing of ours runs.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return _PLAIN
+    if not _hidden:
+        from torch._dynamo.decorators import skip_code
+
+        skip_code(around.__code__)  # type: ignore[attr-defined]  # one code object for all blocks
+        _hidden.append(tuple(torch.compiler.disable(step) for step in _PLAIN))
+    return _hidden[0]
 
 
 def is_streamed(module: nn.Module) -> bool:

@@ -30,9 +30,7 @@ def _main(execution_device: Any) -> torch.device:
         if isinstance(execution_device, int):
             kind = torch.accelerator.current_accelerator(check_available=True) if torch.accelerator.is_available() else None
             if kind is None:
-                raise ConfigError(
-                    f"There is no accelerator {execution_device} here. Say 'cpu', or leave it out."
-                )
+                raise ConfigError(f"There is no accelerator {execution_device} here. Say 'cpu', or leave it out.")
             return torch.device(kind.type, execution_device)
         return torch.device(execution_device)
     found = torch.accelerator.current_accelerator(check_available=True) if torch.accelerator.is_available() else None

@@ -1,0 +1,455 @@
+"""Models larger than their memory give the numbers of the same model held whole, and hold no more than they may."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drivetrain import (
+    Accelerator,
+    Trainer,
+    TrainingModule,
+    attach_layerwise_casting_hooks,
+    cpu_offload,
+    cpu_offload_with_hook,
+    disk_offload,
+    dispatch_model,
+    init_empty_weights,
+    init_on_device,
+    load_checkpoint_and_dispatch,
+    load_checkpoint_in_model,
+    remove_hook_from_submodules,
+    save_torch_model,
+    split_torch_state_dict_into_shards,
+    weights_of,
+)
+from drivetrain.strategies.errors import CheckpointError, ConfigError
+from drivetrain.strategies.offload.away import is_away
+from drivetrain.strategies.offload.sources import open_source
+from drivetrain.strategies.offload.strategy import OffloadStrategy
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+WIDTH, WORDS, LAYERS = 64, 50, 5
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    """A transformer's outline: embedding, blocks, norm, a head that is tied to the embedding, and a buffer in no file."""
+
+    def __init__(self, layers: int = LAYERS) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.register_buffer("scale", torch.full((1,), 0.5), persistent=False)
+        self.layers = nn.ModuleList(Block() for _ in range(layers))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.embed(words) * self.scale
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+WHOLE = {"": "disk"}
+MIXED = {"embed": "cpu", "head": "cpu", "scale": "cpu", "norm": "disk", "layers": "disk", "layers.2": "cpu"}
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture
+def words() -> Tensor:
+    return torch.randint(0, WORDS, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def folder(net: Net, tmp_path: Path) -> Path:
+    save_torch_model(net, tmp_path / "weights", max_shard_size="100KB")
+    assert (tmp_path / "weights" / "model.safetensors.index.json").exists()
+    return tmp_path / "weights"
+
+
+def empty() -> Net:
+    with init_empty_weights():
+        return Net().eval()
+
+
+@pytest.mark.parametrize("io", ["cached", "drop", "direct"])
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("device_map", [WHOLE, MIXED, "auto"])
+def test_a_model_on_the_disk_computes_what_it_computes_in_memory(
+    net: Net, words: Tensor, folder: Path, io: str, prefetch: bool, device_map: Any
+) -> None:
+    limit = None if device_map != "auto" else {"cpu": "300KB"}
+    model = load_checkpoint_and_dispatch(empty(), folder, device_map, limit, io=io, prefetch=prefetch)
+    weights = weights_of(model)
+    assert weights.streamed
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(words), net(words))
+    if limit:
+        assert weights.held_bytes <= 300_000
+    assert len(weights.stream.slots) == 1 + prefetch
+
+
+def test_after_the_first_blocks_no_read_is_waited_for_that_was_not_foreseen(net: Net, words: Tensor, folder: Path) -> None:
+    """Cyclic: after the last block of a token comes the first of the next."""
+    model = load_checkpoint_and_dispatch(empty(), folder, WHOLE)
+    with torch.no_grad():
+        for _ in range(4):
+            model(words)
+    stats = weights_of(model).stream.stats
+    assert stats.missed == 1
+    assert stats.reads >= 4 * len(weights_of(model).streamed)
+
+
+def test_a_block_is_one_read_and_its_bytes_are_those_of_the_file(net: Net, tmp_path: Path) -> None:
+    save_torch_model(net, tmp_path)
+    model = load_checkpoint_and_dispatch(empty(), tmp_path, WHOLE)
+    blocks = {b.name: b for b in weights_of(model).stream.blocks}
+    assert [len(blocks[f"layers.{i}"].layout.runs) for i in range(LAYERS)] == [1] * LAYERS
+    assert sum(r.num_bytes for r in blocks["layers.0"].layout.runs) == sum(p.numel() * 4 for p in Block().parameters())
+
+
+@pytest.mark.parametrize("io", ["cached", "drop", "direct"])
+def test_tensors_of_any_alignment_come_whole(tmp_path: Path, io: str) -> None:
+    """Odd sizes and types put tensors at odd places of the file, and at its very end."""
+    made = {
+        "a": torch.arange(3, dtype=torch.uint8),
+        "b": torch.randn(5, 7),
+        "c": torch.randn(3).to(torch.bfloat16),
+        "d": torch.tensor([True, False, True]),
+        "e": torch.randn(4099, 3).double(),
+        "f": torch.randn(0, 3),
+        "g": torch.tensor(2.5),
+    }
+    save_file(made, tmp_path / "x.safetensors")
+    source = open_source(tmp_path / "x.safetensors", io=io)
+    for wanted in ({n: t.dtype for n, t in made.items()}, dict.fromkeys("bceg", torch.float32)):
+        from drivetrain.strategies.offload.stream import host_buffer
+
+        layout = source.layout(wanted)
+        buffer = host_buffer(layout.num_bytes)
+        source.fill(layout, buffer)
+        for name, dtype in wanted.items():
+            assert torch.equal(layout.view(buffer, name), made[name].to(dtype)), (name, dtype)
+
+
+def test_other_types_than_those_of_the_file_are_converted_while_they_are_read(net: Net, words: Tensor, folder: Path) -> None:
+    model = load_checkpoint_and_dispatch(empty(), folder, MIXED, dtype=torch.bfloat16)
+    model.scale = model.scale.to(torch.bfloat16)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    with torch.no_grad():
+        assert torch.equal(model(words), net.bfloat16()(words))
+
+
+def test_our_own_checkpoints_are_read_too(net: Net, words: Tensor, tmp_path: Path) -> None:
+    accelerator = Accelerator()
+    try:
+        accelerator.prepare(net)
+        path = accelerator.save_state(tmp_path)
+    finally:
+        accelerator.end_training()
+    model = load_checkpoint_and_dispatch(empty(), path, MIXED)
+    with torch.no_grad():
+        assert torch.equal(model(words), net(words))
+    with pytest.raises(ConfigError, match="holds no model 'modle'. Did you mean 'model'"):
+        load_checkpoint_and_dispatch(empty(), path, MIXED, model_name="modle")
+
+
+@pytest.mark.parametrize("offload", ["disk", "cpu", "dispatch"])
+def test_a_model_that_has_its_values_is_offloaded_and_comes_back(net: Net, words: Tensor, tmp_path: Path, offload: str) -> None:
+    with torch.no_grad():
+        truth = net(words)
+        if offload == "disk":
+            model = disk_offload(net, tmp_path)
+        elif offload == "cpu":
+            model = cpu_offload(net)
+        else:
+            model = dispatch_model(net, MIXED, offload_dir=tmp_path)
+        assert torch.equal(model(words), truth)
+        if offload == "cpu":
+            assert not weights_of(model).streamed
+            assert torch.equal(remove_hook_from_submodules(model)(words), truth)
+        else:
+            assert is_away(model.layers[0].up.weight)  # pyright: ignore
+            values = load_file(next(iter(tmp_path.glob("*.safetensors"))))
+            assert "layers.0.up.weight" in values
+            remove_hook_from_submodules(model)
+            with pytest.raises(ConfigError, match="is not in memory"):
+                model(words)
+
+
+def test_tied_weights_are_one_stand_in_and_are_written_once(net: Net, folder: Path, tmp_path: Path) -> None:
+    model = load_checkpoint_and_dispatch(empty(), folder, WHOLE)
+    assert model.head.weight is model.embed.weight
+    files = save_torch_model(model, tmp_path / "again", max_shard_size="100KB")
+    names = [n for f in files if f.suffix == ".safetensors" for n in load_file(f)]
+    assert sorted(names) == sorted(n for n in net.state_dict() if n != "head.weight")
+    read = {n: t for f in files if f.suffix == ".safetensors" for n, t in load_file(f).items()}
+    assert all(torch.equal(t, net.state_dict()[n]) for n, t in read.items())
+
+
+def test_shards_are_split_as_huggingface_hub_splits_them(net: Net) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    tensors = {n: t for n, t in net.state_dict().items() if n != "head.weight"}
+    ours = split_torch_state_dict_into_shards(tensors, max_shard_size="60KB")
+    theirs = hub.split_torch_state_dict_into_shards(tensors, max_shard_size="60KB")
+    assert ours.is_sharded == theirs.is_sharded
+    assert ours.tensor_to_filename.keys() == theirs.tensor_to_filename.keys()
+    assert ours.metadata == {"total_size": theirs.metadata["total_size"]}
+    for names in ours.filename_to_tensors.values():
+        assert len(names) == 1 or sum(tensors[n].numel() * 4 for n in names) <= 60_000
+
+
+def test_what_is_away_says_its_name_to_whoever_computes_with_it(folder: Path) -> None:
+    model = load_checkpoint_and_dispatch(empty(), folder, WHOLE)
+    weight = model.layers[0].up.weight  # pyright: ignore
+    assert (weight.device.type, tuple(weight.shape)) == ("cpu", (2 * WIDTH, WIDTH))
+    with pytest.raises(ConfigError, match=r"layers\.0\.up\.weight is not in memory"):
+        weight + 1
+    assert torch.equal(weights_of(model).tensor("layers.0.up.weight"), open_source(folder).tensor("layers.0.up.weight"))
+
+
+@pytest.mark.parametrize("method", ["half", "float", "bfloat16"])
+def test_moving_or_converting_a_dispatched_model_is_refused(folder: Path, method: str) -> None:
+    model = load_checkpoint_and_dispatch(empty(), folder, WHOLE)
+    with pytest.raises(ConfigError, match="offloaded"):
+        getattr(model, method)()
+    assert model.to("cpu") is model
+
+
+def test_weights_that_pass_are_never_trained_silently(net: Net, words: Tensor, folder: Path) -> None:
+    model = load_checkpoint_and_dispatch(empty(), folder, WHOLE).train()
+    with pytest.raises(ConfigError, match=r"embed\.weight is to be trained"):
+        model(words)
+    with pytest.raises(ConfigError, match="optimizer holds"):
+        OffloadStrategy().prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_gradients_flow_through_blocks_that_are_read_again_for_the_backward_pass(net: Net, words: Tensor, folder: Path) -> None:
+    """Trained: what is in front of the blocks, so that every gradient has passed through all of them. Three steps, like in memory."""
+
+    def train(model: Net) -> tuple[list[float], Tensor]:
+        model.requires_grad_(False)
+        soft = nn.Parameter(torch.zeros(1, 1, WIDTH))
+        optimizer = torch.optim.SGD([soft], lr=0.5)
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            x = model.embed(words) * model.scale + soft
+            for layer in model.layers:
+                x = layer(x)
+            loss = model.head(model.norm(x)).logsumexp(-1).mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses, soft.detach()
+
+    want = train(net)
+    for prefetch in (True, False):
+        model: Any = load_checkpoint_and_dispatch(empty(), folder, WHOLE, prefetch=prefetch)
+        got = train(model.train())
+        assert got[0] == want[0]
+        assert torch.equal(got[1], want[1])
+        assert weights_of(model).stream.stats.reads > 3 * LAYERS
+
+
+def test_an_output_that_is_a_view_of_the_weights_keeps_its_values(tmp_path: Path) -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 4))
+
+        def forward(self, n: int) -> dict[str, Tensor]:
+            return {"rows": self.weight[:n]}
+
+    tables = nn.ModuleList(Table() for _ in range(4)).eval()
+    want = [t(3)["rows"].detach().clone() for t in tables]
+    disk_offload(tables, tmp_path)
+    got = [t(3)["rows"] for t in tables]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_branch_that_nobody_foresaw_costs_a_read_and_no_wrong_number(net: Net, words: Tensor, folder: Path) -> None:
+    model: Any = load_checkpoint_and_dispatch(empty(), folder, WHOLE)
+    x = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for index in (3, 1, 4, 1, 0, 2, 2, 3, 0, 4) * 3:
+            assert torch.equal(model.layers[index](x), net.layers[index](x))
+
+
+def test_the_reader_ends_with_its_model(words: Tensor, folder: Path) -> None:
+    model = load_checkpoint_and_dispatch(empty(), folder, WHOLE)
+    with torch.no_grad():
+        model(words)
+    reader = weights_of(model).stream._reader
+    assert reader is not None
+    thread, gone = reader[1], weakref.ref(weights_of(model).stream)
+    del model
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_error_while_reading_reaches_the_one_who_computes(words: Tensor, folder: Path) -> None:
+    model = load_checkpoint_and_dispatch(empty(), folder, WHOLE)
+    for file in folder.glob("*.safetensors"):
+        with open(file, "r+b") as opened:
+            opened.truncate(2000)
+    with pytest.raises(CheckpointError, match="cut short"), torch.no_grad():
+        model(words)
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape", "excess", "truncated", "none"])
+def test_weights_of_another_model_are_refused_by_name(net: Net, tmp_path: Path, fault: str) -> None:
+    tensors = {n: t.clone() for n, t in net.state_dict().items() if n != "head.weight"}
+    if fault == "missing":
+        del tensors["layers.1.up.bias"]
+    elif fault == "shape":
+        tensors["layers.1.up.bias"] = torch.zeros(3)
+    elif fault == "excess":
+        tensors["more"] = torch.zeros(3)
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    if fault == "truncated":
+        path.write_bytes(path.read_bytes()[:-4])
+    told = {"missing": "missing .layers.1.up.bias", "shape": r"layers.1.up.bias \[3\]", "excess": "more"}
+    told |= {"truncated": "cannot be read", "none": "nothing at"}
+    with pytest.raises(CheckpointError, match=told[fault]):
+        load_checkpoint_and_dispatch(empty(), tmp_path / "no" if fault == "none" else path, WHOLE, strict=True)
+
+
+def test_load_checkpoint_in_model_fills_in_place_and_says_what_was_left(net: Net, words: Tensor, tmp_path: Path) -> None:
+    tensors = {n: t.clone() for n, t in net.state_dict().items() if n != "head.weight"} | {"more": torch.zeros(3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    there, other = empty(), Net().eval()
+    kept = other.layers[0].up.weight  # pyright: ignore
+    assert load_checkpoint_in_model(there, tmp_path) == load_checkpoint_in_model(other, tmp_path) == ["more"]
+    assert other.layers[0].up.weight is kept  # pyright: ignore
+    for model in (there, other):
+        assert torch.equal(model(words), net(words))
+        assert model.head.weight is model.embed.weight
+
+
+def test_models_without_values_keep_their_ties_and_their_buffers_and_draw_nothing() -> None:
+    state = torch.get_rng_state()
+    model = empty()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.is_meta for p in model.parameters())
+    assert model.head.weight is model.embed.weight
+    assert model.scale.item() == 0.5
+    with init_empty_weights(include_buffers=True):
+        assert Net(1).scale.is_meta
+    with init_on_device("meta"):
+        seen: list[bool] = []
+        thread = threading.Thread(target=lambda: seen.append(Net(1).head.weight.is_meta))
+        thread.start()
+        thread.join()
+        assert seen == [False]
+    assert not Net(1).head.weight.is_meta
+
+
+def test_a_chain_of_models_comes_and_goes_by_its_hooks(net: Net, words: Tensor) -> None:
+    first, hook = cpu_offload_with_hook(net)
+    second, other = cpu_offload_with_hook(Net().eval(), prev_module_hook=hook)
+    assert torch.equal(first(words), net(words))
+    second(words)
+    hook.offload()
+    for one in (hook, other):
+        one.remove()
+    assert "forward" not in first.__dict__
+
+
+def test_layer_wise_casting_keeps_a_small_type_and_computes_in_a_large_one(words: Tensor) -> None:
+    torch.manual_seed(0)
+    model = Net().eval().requires_grad_(False)
+    truth = Net().eval()
+    truth.load_state_dict(model.state_dict())
+    for module in truth.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            for p in module.parameters():
+                p.data = p.data.to(torch.float8_e4m3fn).to(torch.float32)
+    attach_layerwise_casting_hooks(model, torch.float8_e4m3fn, torch.float32, skip_modules_pattern="norm")
+    assert model.layers[0].up.weight.dtype == torch.float8_e4m3fn  # pyright: ignore
+    assert model.norm.weight.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(model(words), truth(words))
+    remove_hook_from_submodules(model)
+    assert model.layers[0].up.weight.dtype == torch.float32  # pyright: ignore
+    with pytest.raises(ConfigError, match="no Linear"):
+        attach_layerwise_casting_hooks(nn.ReLU(), torch.float8_e4m3fn, torch.float32)
+
+
+class Predicts(TrainingModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = empty()
+
+    def predict_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return self.net(batch)
+
+
+def test_a_trainer_predicts_with_a_model_on_the_disk(net: Net, words: Tensor, tmp_path: Path) -> None:
+    wrapped = nn.Module()
+    wrapped.net = net
+    save_torch_model(wrapped, tmp_path / "weights")
+    strategy = OffloadStrategy(tmp_path / "weights", max_memory={"cpu": "320KB"})
+    trainer = Trainer(strategy=strategy, device="cpu", root=tmp_path, loggers=(), enable_progress_bar=False)
+    got = trainer.predict(Predicts(), [words])
+    assert got is not None
+    assert torch.equal(got[0], net(words))
+
+
+def test_accelerator_refuses_a_dispatched_model_by_name_unless_it_is_to_offload(net: Net, words: Tensor, folder: Path) -> None:
+    model = load_checkpoint_and_dispatch(empty(), folder, WHOLE)
+    accelerator = Accelerator()
+    try:
+        with pytest.raises(ConfigError, match="strategy='offload'"):
+            accelerator.prepare(model)
+    finally:
+        accelerator.end_training()
+    accelerator = Accelerator(strategy="offload")
+    try:
+        assert torch.equal(accelerator.prepare(model)(words), net(words))
+    finally:
+        accelerator.end_training()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device_map", [WHOLE, {"": "cpu"}])
+def test_on_an_accelerator_blocks_come_from_the_host_and_from_the_disk(
+    net: Net, words: Tensor, folder: Path, device_map: dict[str, str], tmp_path: Path
+) -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    here = words.to(device)
+    model = cpu_offload(net) if device_map == {"": "cpu"} else disk_offload(net, tmp_path)
+    truth = Net().eval().to(device)
+    load_checkpoint_in_model(truth, folder)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(here), truth(here))
+    assert torch.accelerator.memory_allocated() > 0
