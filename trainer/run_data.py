@@ -145,8 +145,18 @@ def accumulation(options: Mapping[str, Any], loader: Loader) -> int:
         raise ConfigError(
             f"global_batch_size={wanted} is not a multiple of {once}, which all ranks take at once (batch_size times ranks). "
             f"Use {wanted // once * once or once} or {(wanted // once + 1) * once}, or another batch_size."
+            f"{_who_can(wanted, once, loader._shard[1])}"
         )
     return wanted // once
+
+
+def _who_can(wanted: int, once: int, ranks: int) -> str:
+    """Say which numbers of ranks keep a global batch that this one cannot, for whoever resumes on another number."""
+    own, rest = divmod(once, ranks)
+    if rest or wanted % own:
+        return ""
+    can = [str(n) for n in range(1, wanted // own + 1) if wanted // own % n == 0]
+    return f" With batch_size={own} these numbers of ranks keep it: {', '.join(can)}."
 
 
 def steps_between_validations(interval: float | None, batches: int | None, window: int) -> int:

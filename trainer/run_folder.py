@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from ..strategies.world import World
 
 __all__ = ["RunFolder", "open_run"]
+
+_RUN = re.compile(r"(\d{8}-\d{6})(?:-\d+)?")
 
 
 @dataclass
@@ -136,8 +139,12 @@ def _choose(root: Path, name: str, resume: str | Path | None, create: bool, own:
 
 
 def _new(base: Path, create: bool) -> Path:
-    """Take a new folder's name: the time, and a number where another run began in the same second."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    """Take a new folder's name: the time, and a number where another run began in the same second.
+
+    A clock that was set back (or summer time that ends) must not make the new run the older one: then it takes the newest's time.
+    """
+    known = [match[1] for path in base.glob("*") if (match := _RUN.fullmatch(path.name))]
+    stamp = max([time.strftime("%Y%m%d-%H%M%S"), *known])
     for n in itertools.count(1):
         path = base / (stamp if n == 1 else f"{stamp}-{n}")
         if not create and not path.exists():

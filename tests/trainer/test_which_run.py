@@ -15,6 +15,7 @@ from drivetrain.callbacks.checkpoint import Checkpoint
 from drivetrain.strategies.checkpoint import store
 from drivetrain.strategies.errors import CheckpointError
 from drivetrain.strategies.world import World
+from drivetrain.trainer import run_folder
 from drivetrain.trainer.run_folder import RunFolder, open_run
 from resume_jobs import Job, Ledger, Module, Started, loaders, logged_by, newest_run, steps_saved, train, trainer_for
 
@@ -250,3 +251,17 @@ def test_a_linked_root_and_a_copied_checkpoint(tmp_path: Path) -> None:
     shutil.copytree(checkpoints(run)[0], tmp_path / "copy")
     assert sorted(train(SHORT, tmp_path / "link", resume="auto", max_epochs=2).losses) == [4, 5, 6]
     assert sorted(train(SHORT, tmp_path / "other", resume=tmp_path / "copy").losses) == [2, 3]
+
+
+def test_a_clock_that_was_set_back_does_not_make_the_newest_run_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Summer time ends, a battery is empty: resume='auto' still means the run that began last."""
+    monkeypatch.setattr(run_folder.time, "strftime", lambda form: "20261122-120000")
+    first = train(SHORT, tmp_path)
+    monkeypatch.setattr(run_folder.time, "strftime", lambda form: "19700101-000007")
+    second = train(SHORT, tmp_path, max_steps=2)
+    assert Path(second.folder).name == "20261122-120000-2"
+    third = train(SHORT, tmp_path, resume="auto")
+    assert third.folder == second.folder != first.folder
+    assert sorted(third.losses) == [3]
