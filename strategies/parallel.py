@@ -75,7 +75,8 @@ class ParallelStrategy(PipelineStrategy):
     def from_words(cls, number: str | None, axes: Mapping[str, int]) -> dict[str, Any]:
         """Read the words of a string: axes with their degrees, "fsdp", "hsdp" and "ddp" among them; -1 where none was said.
 
-        "fsdp:2+tp:2", "hsdp:2+tp:2" (replicas), "ddp:2+pp:2", "tp" (all processes), "tp:2+sp" (sequence parallel).
+        "fsdp:2+tp:2", "hsdp:2+tp:2" (replicas), "ddp:2+pp:2", "tp" (all processes), "tp:2+sp" (sequence parallel), "ep:2"
+        (experts over pairs of all processes).
         Raises:
             ConfigError: words that do not go together.
         """
@@ -88,6 +89,8 @@ class ParallelStrategy(PipelineStrategy):
             degrees["dp_shard"] = axes["fsdp"]
         elif "ddp" in axes:
             degrees["dp_replicate"] = axes["ddp"]
+        elif "ep" in axes and -1 not in degrees.values():
+            degrees["dp_shard"] = -1  # its ranks are taken from these
         options: dict[str, Any] = {"plan": ParallelPlan(**degrees)} if degrees else {}
         if "sp" in axes:
             if "tp" not in axes:
