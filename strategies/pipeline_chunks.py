@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import DataError
 
-__all__ = ["Chunk", "cut_batch", "first_input", "key_of"]
+__all__ = ["Chunk", "count_samples", "cut_batch", "each_tensor", "first_input", "key_of"]
 
 _INPUT_KEYS = ("input_ids", "inputs", "input", "x", "pixel_values", "image", "images", "tokens")
 
@@ -53,6 +53,22 @@ class Chunk:
     share: float
 
 
+def count_samples(inputs: tuple[Any, ...]) -> int:
+    """Return how many samples there are in what the first stage is called with.
+
+    Raises:
+        DataError: nobody can tell.
+    """
+    n = next((len(value) for value in inputs if isinstance(value, Tensor) and value.dim()), 0)
+    if not n:
+        raise DataError(
+            "The input of a pipeline's first stage must be a tensor whose first dimension are the samples, or a tuple that "
+            f"begins with one, got {type(inputs[0]).__name__}{f' of {n} samples' if isinstance(inputs[0], Tensor) else ''}. "
+            "Return it from pipeline_input(self, batch)."
+        )
+    return n
+
+
 def cut_batch(batch: Any, inputs_of: Callable[[Any], tuple[Any, ...]], number: int) -> list[Chunk]:
     """Cut a batch into chunks as even as can be; where samples are too few, the first one is run again for nothing.
 
@@ -61,14 +77,7 @@ def cut_batch(batch: Any, inputs_of: Callable[[Any], tuple[Any, ...]], number: i
     Raises:
         DataError: nobody can tell how many samples there are.
     """
-    inputs = inputs_of(batch)
-    n = next((len(value) for value in inputs if isinstance(value, Tensor) and value.dim()), 0)
-    if not n:
-        raise DataError(
-            "The input of a pipeline's first stage must be a tensor whose first dimension are the samples, or a tuple that "
-            f"begins with one, got {type(inputs[0]).__name__}{f' of {n} samples' if isinstance(inputs[0], Tensor) else ''}. "
-            "Return it from pipeline_input(self, batch)."
-        )
+    n = count_samples(inputs_of(batch))
     found: list[Chunk] = []
     start = 0
     for i in range(number):
@@ -96,4 +105,17 @@ def _slice(value: Any, start: int, stop: int, n: int) -> Any:
         return type(value)(_slice(item, start, stop, n) for item in value)
     if isinstance(value, dict):
         return {key: _slice(item, start, stop, n) for key, item in value.items()}
+    return value
+
+
+def each_tensor(value: Any, function: Callable[[Any], Any], *, kind: type = Tensor) -> Any:
+    """Return a tree of tuples, lists and dicts with `function` of each tensor (or other `kind`) in its place."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(each_tensor(item, function, kind=kind) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(each_tensor(item, function, kind=kind) for item in value)
+    if isinstance(value, dict):
+        return {key: each_tensor(item, function, kind=kind) for key, item in value.items()}
     return value

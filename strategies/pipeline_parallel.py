@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +30,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import ConfigError, DataError
-from .pipeline_chunks import Chunk, cut_batch, first_input, key_of
+from .pipeline_answers import Answering, owners_of
+from .pipeline_chunks import Chunk, count_samples, cut_batch, each_tensor, first_input, key_of
 from .pipeline_options import SCHEDULES, Pipeline, make_pipeline
 from .pipeline_split import check_ties, cost_of, cut, find_chain, free, split_at
 
@@ -51,8 +52,7 @@ class _Running:
     schedule: Any = None
     inside: Callable[[], AbstractContextManager[Any]] | None = None
     after: Callable[[Sequence[Sharded]], None] | None = None
-    loss_of: Callable[[Any, Chunk], Tensor] | None = None
-    failed: bool = field(default=False)
+    failed: bool = False
 
 
 class PipelinedModel:
@@ -63,11 +63,20 @@ class PipelinedModel:
         names: the parts' names by stage.
         last_rank: the place on pp of the rank that holds the last stage.
         replaced: (old, placeholder) of the parameters that other ranks hold.
+        owners: the modules whose forward is the whole chain: the model, and what it only wraps.
     """
 
-    def __init__(self, name: str, model: nn.Module, options: Pipeline, mesh: Mesh, device: torch.device) -> None:
+    def __init__(
+        self, name: str, model: nn.Module, options: Pipeline, mesh: Mesh, device: torch.device, *, own_inputs: bool = True
+    ) -> None:
+        """Split `model`, and free what other ranks hold.
+
+        Args:
+            own_inputs: a batch is what the model's pipeline_input takes; otherwise it is the tuple of forward's arguments.
+        """
         from .pipeline_stage import StageModule
 
+        self.own_inputs = own_inputs
         self.name, self.model, self.options, self.device = name, model, options, device
         group = mesh.group("pp")
         assert group is not None
@@ -95,6 +104,7 @@ class PipelinedModel:
         self.replaced = free(model, [n for stage, some in enumerate(self.names) if stage not in mine for n in some])
         self.modules = [StageModule(model, links[stage], index=stage, is_last=stage == self.num_stages - 1) for stage in mine]
         self.last = next((module for module in self.modules if module.is_last), None)
+        self.owners = owners_of(model, [name for some in self.names for name in some])
         self._running: _Running | None = None
 
     def _rank_of(self, stage: int) -> int:
@@ -141,15 +151,38 @@ class PipelinedModel:
         if any(p.requires_grad for p in self.model.parameters()):
             kind = SCHEDULES[self.options.schedule]
             running.schedule = getattr(torchs, kind.torch_name)(
-                stages if kind.looped else stages[0], self.num_chunks, loss_fn=self._loss, scale_grads=False
+                stages if kind.looped else stages[0], self.num_chunks, loss_fn=_made_already, scale_grads=False
             )
+
+    def hold(self, device: torch.device) -> None:
+        """Bring this rank's stages to the device as they are, without sharding them; fill what is on the meta device.
+
+        Raises:
+            ConfigError: a module on the meta device that does not say how it is initialised.
+        """
+        from . import materialize
+
+        def fill(name: str, module: nn.Module) -> None:
+            materialize.fill(self.model, name, module, device)
+
+        for module in self.modules:
+            materialize.walk(module, fill, lambda name, one: None)
+            module.to(device)
+        for buffer in [b for key, b in self.model.named_buffers() if self.stage_of(key) is None]:
+            buffer.data = buffer.data.to(device)
 
     # -- running ------------------------------------------------------------------------------------------------------
     def inputs_of(self, batch: Any) -> tuple[Any, ...]:
         """Return what the first stage is called with for `batch`: the model's `pipeline_input`, or `first_input`."""
+        if not self.own_inputs:
+            return tuple(batch)
         own = getattr(self.model, "pipeline_input", None)
         found = own(batch) if callable(own) else first_input(batch)
         return found if isinstance(found, tuple) else (found,)
+
+    def num_samples(self, batch: Any) -> int:
+        """Return how many samples a batch has."""
+        return count_samples(self.inputs_of(batch))
 
     def chunks(self, batch: Any) -> list[Chunk]:
         """Cut a batch into the chunks of the schedule."""
@@ -182,10 +215,13 @@ class PipelinedModel:
         try:
             with _Steps(running.sharded), running.inside() if running.inside is not None else _NO_CONTEXT:
                 if backward:
-                    running.loss_of = lambda output, chunk: _kept(results, loss_of, output, chunk)
                     assert running.schedule is not None
+                    assert loss_of is not None
                     if not torch.is_grad_enabled():
                         raise ConfigError("A pipeline was to train under no_grad. Call it where gradients are enabled.")
+                    for stage in running.stages if self.last is not None else ():
+                        if stage.is_last:
+                            stage.loss_of = lambda output, i: _kept(results, loss_of(output, chunks[i]))
                     running.schedule._step_microbatches(
                         [chunk.inputs for chunk in chunks], None, chunks, None, return_outputs=False
                     )
@@ -203,18 +239,9 @@ class PipelinedModel:
                 one.root.reset_iter_state()
             raise
         finally:
-            running.loss_of = None
             if running.schedule is not None:
                 running.schedule._internal_losses.clear()
         return results
-
-    def _loss(self, output: Any, chunk: Chunk) -> Tensor:
-        """What torch's schedules call as the loss function."""
-        assert self.last is not None
-        assert self._running is not None
-        assert self._running.loss_of is not None
-        with _NO_CONTEXT if self.autocast is None else self.autocast():
-            return self._running.loss_of(self.last.rebuilt(output), chunk)
 
     def _forward_only(
         self, running: _Running, chunks: Sequence[Chunk], loss_of: Callable[[Any, Chunk], Any] | None, results: list[Any]
@@ -229,10 +256,8 @@ class PipelinedModel:
                         work.wait()
                 output = stage.forward_one_chunk(i, chunk.inputs, None, save_forward_output=False)
                 if stage.is_last:
-                    assert self.last is not None
-                    built = self.last.rebuilt(output)
                     with _NO_CONTEXT if self.autocast is None else self.autocast():
-                        results.append(built if loss_of is None else loss_of(built, chunk))
+                        results.append(output if loss_of is None else loss_of(output, chunk))
                 elif index + 1 in here:
                     here[index + 1].set_local_fwd_input(output, i)
                 else:
@@ -240,6 +265,10 @@ class PipelinedModel:
                 stage.fwd_cache.clear()
         for work, _ in sends:
             work.wait()
+
+    def answering(self, chunk: Chunk, output: Any) -> Answering:
+        """A context in which the model, called with the chunk's input, returns `output`."""
+        return Answering(self.owners, chunk.inputs, output)
 
     # -- between the ranks of the pipeline ----------------------------------------------------------------------------
     def share(self, tensor: Tensor) -> Tensor:
@@ -249,22 +278,16 @@ class PipelinedModel:
 
     def share_tree(self, value: Any) -> Any:
         """Return on every rank the tree of tensors and plain objects that the rank with the last stage has."""
-        from torch.utils import _pytree as pytree
-
         is_source = self.rank == self.last_rank
-        leaves, spec = pytree.tree_flatten(value) if is_source else ([], None)
-        kinds = [(leaf.dtype, tuple(leaf.shape)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        box: list[Any] = [(kinds, [isinstance(leaf, Tensor) for leaf in leaves], spec)]
+        tensors: list[Tensor] = []
+        box: list[Any] = [each_tensor(value, lambda t: _Slot(t, tensors)) if is_source else None]
         dist.broadcast_object_list(box, group=self.group, group_src=self.last_rank, device=self.device)
-        kinds, tensors, spec = box[0]
-        found: list[Any] = []
-        for i, (kind, is_tensor) in enumerate(zip(kinds, tensors, strict=True)):
-            if is_tensor:
-                own = leaves[i].detach().contiguous() if is_source else torch.empty(kind[1], dtype=kind[0], device=self.device)
-                found.append(self.share(own))
-            else:
-                found.append(kind)
-        return value if is_source else pytree.tree_unflatten(found, spec)
+
+        def receive(slot: _Slot) -> Tensor:
+            own = tensors[slot.index] if is_source else torch.empty(slot.shape, dtype=slot.dtype, device=self.device)
+            return self.share(own.detach().contiguous())
+
+        return each_tensor(box[0], receive, kind=_Slot)
 
     # -- words --------------------------------------------------------------------------------------------------------
     def explain(self) -> list[tuple[str, str]]:
@@ -285,6 +308,14 @@ class PipelinedModel:
                 )
             )
         return rows
+
+
+class _Slot:
+    """The place of a tensor in a tree that is sent without them."""
+
+    def __init__(self, tensor: Tensor, found: list[Tensor]) -> None:
+        self.index, self.dtype, self.shape = len(found), tensor.dtype, tuple(tensor.shape)
+        found.append(tensor)
 
 
 class _NoContext:
@@ -314,10 +345,13 @@ class _Steps:
                 one.free()
 
 
-def _kept(results: list[Any], loss_of: Callable[[Any, Chunk], Any] | None, output: Any, chunk: Chunk) -> Tensor:
-    assert loss_of is not None
-    loss = loss_of(output, chunk)
+def _kept(results: list[Any], loss: Tensor) -> Tensor:
     results.append(loss.detach())
+    return loss
+
+
+def _made_already(loss: Tensor, chunk: Chunk) -> Tensor:
+    """The loss function for torch's schedules: the last stage returns its loss."""
     return loss
 
 

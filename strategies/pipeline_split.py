@@ -74,9 +74,9 @@ def find_chain(model: nn.Module) -> list[Link]:
 
 def _expand(path: str, module: nn.Module, units: set[int]) -> list[Link] | str:
     """The links of the module at `path`, or why it is none or only one."""
-    declared = getattr(module, "pipeline_parts", None)
+    declared: Any = getattr(module, "pipeline_parts", None)
     if callable(declared):
-        return list(_declared(path, module, declared()))
+        return list(_declared(path, module, declared()))  # pyright: ignore[reportArgumentType]
     if type(module).forward is nn.Sequential.forward:
         names: list[str] | str = [name for name, _ in module.named_children()]
     elif type(module).forward is nn.Module.forward:
@@ -123,8 +123,8 @@ def _declared(path: str, module: nn.Module, parts: Iterable[Any]) -> Iterable[Li
             yield Link((), part)
             continue
         names = (name,) if isinstance(name, str) else tuple(name) if isinstance(name, tuple | list) else ("",)
-        bad = [n for n in names if not isinstance(n, str) or not n or n not in known]
-        if bad or not names or not (callable(call) if len(names) > 1 else call is None or callable(call)):
+        bad: list[Any] = [n for n in names if not isinstance(n, str) or not n or n not in known]
+        if bad or len(names) == 0 or not (callable(call) if len(names) > 1 else call is None or callable(call)):
             raise ConfigError(
                 f"{_word(path, module)}.pipeline_parts() named {part!r:.80}, which is no module of it."
                 f"{suggest(str(bad[0]), known) if bad and bad[0] else ''} Return names of modules, or (name, function)."

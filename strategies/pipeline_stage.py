@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining.stage import _PipelineStageBase, _RecvInfo  # pyright: ignore[reportPrivateUsage]
 from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
 
 from .errors import ConfigError
 from .pipeline_split import Link
@@ -47,7 +46,7 @@ class StageModule(nn.Module):
 
     Attributes:
         autocast: the context in which the links run; a factory, or None.
-        spec: how the last output was put together, where this is the last stage.
+        finish: what the last stage does with the output of its last link: the loss is made here, inside of what FSDP hooks.
     """
 
     def __init__(self, model: nn.Module, links: Sequence[Link], *, index: int, is_last: bool) -> None:
@@ -55,7 +54,7 @@ class StageModule(nn.Module):
         self.index, self.is_last = index, is_last
         self.links = tuple(links)
         self.autocast: Callable[[], Any] | None = None
-        self.spec: Any = None
+        self.finish: Callable[[Any], Any] | None = None
         for name in dict.fromkeys(name for link in links for name in link.names):
             *containers, leaf = name.split(".")
             parent: nn.Module = self
@@ -70,27 +69,20 @@ class StageModule(nn.Module):
                 object.__setattr__(self, key, value)
 
     def forward(self, *args: Any) -> Any:
-        """Return what the last link returned: a tensor or a tuple of tensors; of the last stage, the tensors in its output."""
+        """Return what the last link returned, or what `finish` makes of it."""
         with nullcontext() if self.autocast is None else self.autocast():
             for link in self.links:
                 call = self.get_submodule(link.names[0]) if link.call is None else link.call
                 output = call(*args)
                 args = output if isinstance(output, tuple) and link is not self.links[-1] else (output,)
-        (output,) = args
-        if self.is_last:
-            leaves, self.spec = pytree.tree_flatten(output)
-            if not all(isinstance(leaf, Tensor) for leaf in leaves):
-                bad = next(leaf for leaf in leaves if not isinstance(leaf, Tensor))
-                raise ConfigError(
-                    f"The model's output holds a {type(bad).__name__}, and a pipeline's last stage hands on tensors. Return "
-                    "tensors, or tuples, lists and dicts of them."
-                )
-            return tuple(leaves)
-        return output
-
-    def rebuilt(self, leaves: Any) -> Any:
-        """Put the tensors of the last stage's output together as the model had returned them."""
-        return pytree.tree_unflatten(list(leaves) if isinstance(leaves, tuple) else [leaves], self.spec)
+            (output,) = args
+            if self.finish is not None:
+                output = self.finish(output)
+        if self.is_last or not torch.is_grad_enabled():
+            return output
+        # FSDP warns of views, since it would lose sight of one that is changed in place. This one is sent away.
+        outputs = tuple(t.clone() if isinstance(t, Tensor) and t._base is not None else t for t in _as_tuple(output))
+        return outputs if isinstance(output, tuple | list) else outputs[0]
 
 
 class _Known:
@@ -107,11 +99,12 @@ class Stage(_PipelineStageBase):
     Attributes:
         keys: of each chunk of the running batch, what its shapes depend on; the same on all ranks of the pipeline.
         sync: whether gradients are reduced at the end of the schedule.
+        loss_of: (output, chunk) -> the loss, where this is the last stage and gradients are taken.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        module: StageModule,
         index: int,
         num_stages: int,
         device: torch.device,
@@ -119,9 +112,11 @@ class Stage(_PipelineStageBase):
         stage_to_rank: dict[int, int],
     ) -> None:
         super().__init__(module, index, num_stages, device, group)
+        self.module = module
         self.stage_index_to_group_rank = stage_to_rank
         self.keys: Sequence[Hashable] = ()
         self.sync = True
+        self.loss_of: Callable[[Any, int], Tensor] | None = None
         self._known = _Known()
         self._outputs: dict[int, list[_Shape]] = {}
         self._headers: list[tuple[Any, Tensor]] = []
@@ -154,15 +149,21 @@ class Stage(_PipelineStageBase):
         for work, _ in self._headers:
             work.wait()
         self._headers.clear()
+        self._let_go()
         for kept in (self.fwd_cache, self.bwd_cache, self.args_recv_info, self.grad_recv_info, self._outputs):
             kept.clear()
 
     def forget(self) -> None:
         """Drop everything after a batch that was broken off."""
         self._headers.clear()
+        self._let_go()
         self._known = _Known()
         for kept in (self.fwd_cache, self.bwd_cache, self.backward_state, self.dw_runner, self.args_recv_info):
             kept.clear()
+
+    def _let_go(self) -> None:
+        self.loss_of = None
+        self.module.finish = None
 
     # -- forward ------------------------------------------------------------------------------------------------------
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
@@ -203,14 +204,15 @@ class Stage(_PipelineStageBase):
     ) -> Any:
         """Run the stage on a chunk. Unlike torch's, an error in the model is raised as it is."""
         inputs = args if self.is_first else self._retrieve_recv_activations(fwd_chunk_id)
+        loss_of = self.loss_of
+        if loss_of is not None:
+            self.module.finish = lambda output: loss_of(output, fwd_chunk_id)
         output = self.submod(*inputs)
         outputs = _as_tuple(output)
         if not self.is_last:
             for value in outputs:
                 _check_activation(value, self.stage_index)
             self._outputs[fwd_chunk_id] = [(t.dtype, tuple(t.shape)) for t in outputs]
-        elif save_forward_output:
-            self.output_chunks.append(output)
         self.fwd_cache[fwd_chunk_id] = (outputs, [t for t in inputs if isinstance(t, Tensor)])
         return output
 

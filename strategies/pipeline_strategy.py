@@ -9,7 +9,7 @@ the whole model, and checked against all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from . import dtensors, gradients, named_state
 from .errors import ConfigError, suggest
 from .fsdp import FSDPStrategy
+from .pipeline_answers import stand_in
 from .sharded import check_model
 from .units import choose_units
 
@@ -113,13 +114,24 @@ class PipelineStrategy(FSDPStrategy):
             inside=self.inside_pipeline(),
             after=self._average_held_whole,
         )
-        vars(model)["forward"] = _NotCalled(type(model).__name__)
+        stand_in(pipe.owners)
         self._pipelines[id(model)] = pipe
         return model
 
     def inside_pipeline(self) -> Callable[[], AbstractContextManager[Any]] | None:
-        """What makes the context around each run of a pipeline; None for none."""
-        return None
+        """What makes the context around each run of a pipeline, forward and backward; None for none."""
+        parts = getattr(self, "parts", ())
+        if not parts:
+            return None
+
+        def inside() -> ExitStack:
+            stack = ExitStack()
+            for part in parts:
+                if (context := part.inside(None)) is not None:
+                    stack.enter_context(context)
+            return stack
+
+        return inside
 
     def _stages(self, models: Iterable[nn.Module]) -> list[nn.Module]:
         """The modules that this rank prepared for the user's `models`."""
@@ -221,20 +233,6 @@ class PipelineStrategy(FSDPStrategy):
     # -- words --------------------------------------------------------------------------------------------------------
     def explain(self) -> list[tuple[str, str]]:
         return [*super().explain(), *(row for pipe in self._pipelines.values() for row in pipe.explain())]
-
-
-class _NotCalled:
-    """Stands where a pipelined model's forward was."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise ConfigError(
-            f"{self._name} was called, and under a pipeline no rank has all of it. Let the Trainer run the step: the stages run "
-            "the parts of its forward, and the last one calls compute_loss(output, batch). In a loop of your own, use "
-            "accelerator.forward_backward(model.training_step, batch, batch_idx)."
-        )
 
 
 def _own_buffers(model: nn.Module, pipe: PipelinedModel) -> list[Tensor]:

@@ -42,6 +42,7 @@ from .gathering import Gathering
 from .launch.report import install_excepthook
 from .optimizers import PreparedOptimizer, PreparedScheduler, check_strays, owners
 from .pipeline import Pipelines
+from .pipeline import Pipelines
 from .process_control import ProcessControl
 from .saving import Saving
 from .stepping import Accumulating, Stepping

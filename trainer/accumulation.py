@@ -198,6 +198,19 @@ class Window:
         self._items = self._items + num_items
         return loss * (1.0 / self._divisor)
 
+    def divisor_of(self, samples: int, world: World) -> float:
+        """Return P for a pipeline, whose sums are divided on the rank that has them: all ranks choose it before, by samples."""
+        if not self._divisor:
+            self._divisor = _power_of_two(samples, world)
+        return self._divisor
+
+    def count_sum(self, num_items: Tensor | int) -> None:
+        """Count the items of a micro-batch whose sum was divided by `divisor_of` already."""
+        if self.kind == MEAN:
+            raise mixed_window()
+        self.kind, self.uneven, self._summed = SUM, True, self.index
+        self._items = self._items + num_items
+
     def settle(self, world: World) -> Tensor | float | None:
         """Return what the window's gradients are still to be multiplied by; None for 1. 0.0 means: it held no items.
 

@@ -84,8 +84,14 @@ class TrainingModule(nn.Module):
         )
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """Return the loss of one batch: a scalar tensor, {"loss": tensor, ...}, or {"loss": sum, "num_items": count}."""
-        raise ConfigError(f"{type(self).__name__} defines no training_step(batch, batch_idx). Define it and return the loss.")
+        """Return the loss of one batch: a scalar tensor, {"loss": tensor, ...}, or {"loss": sum, "num_items": count}.
+
+        By default, and always under a pipeline: compute_loss of what forward makes of `pipeline_input(batch)`.
+        """
+        if type(self).compute_loss is TrainingModule.compute_loss:
+            raise ConfigError(f"{type(self).__name__} defines no training_step(batch, batch_idx). Define it and return the loss.")
+        inputs = self.pipeline_input(batch)
+        return self.compute_loss(self(*inputs) if isinstance(inputs, tuple) else self(inputs), batch)
 
     # The next three take (batch, batch_idx, dataloader_idx=0). They are written as they are so that a type checker takes yours
     # without dataloader_idx too, which is passed only where there are several loaders.
@@ -99,8 +105,21 @@ class TrainingModule(nn.Module):
         """Return the prediction for one batch; by default `self(batch)`."""
         return self(args[0])
 
-    def compute_loss(self, output: Any, batch: Any) -> Tensor:
-        """Return the loss of a model output: what the last stage of a pipeline calls."""
+    def pipeline_input(self, batch: Any) -> Any:
+        """Return what of a batch forward is called with: a tensor whose first dimension are the samples, or a tuple.
+
+        By default a tensor itself, the first of a tuple or list, or the item "input_ids", "x", "inputs", ... of a dict.
+        """
+        from ..strategies.pipeline_chunks import first_input
+
+        return first_input(batch)
+
+    def compute_loss(self, output: Any, batch: Any) -> Any:
+        """Return the loss of a model output, in the forms that training_step may return.
+
+        Under a pipeline the last stage calls it for each chunk of a batch, and training_step is not called: the loss is their
+        mean by samples, or with "num_items" their sum. `self.log` works here, and counts each chunk by its samples.
+        """
         raise ConfigError(f"{type(self).__name__} defines no compute_loss(output, batch), which a pipeline's last stage needs.")
 
     def models(self) -> dict[str, nn.Module]:

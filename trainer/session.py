@@ -176,7 +176,7 @@ class Session:
 
     def _check_fit(self, module: TrainingModule) -> None:
         trainer = self.trainer
-        if not is_overridden(module, "training_step", TrainingModule):
+        if not any(is_overridden(module, step, TrainingModule) for step in ("training_step", "compute_loss")):
             raise ConfigError(
                 f"{type(module).__name__} defines no training_step(batch, batch_idx). Define it and return the loss."
             )
@@ -211,6 +211,10 @@ class Session:
             inner = getattr(config.scheduler, "optimizer", None)
             accelerator.prepare_scheduler(config.scheduler).optimizer = by_inner.get(id(inner))
         _split_schedulers(trainer, trainer.scheduler_configs)
+        if accelerator._pipelined:
+            from .pipelining import check_module
+
+            check_module(module)
         if trainer.module.automatic_optimization:
             accelerator.bind(module, "training_step")
         hooks = trainer.hooks

@@ -23,6 +23,7 @@ from .accumulation import MEAN, SUM, mixed_window
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
+    from ..strategies.pipeline_parallel import PipelinedModel
     from ..strategies.precision.base import Precision
     from ..strategies.world import World
     from .accumulation import Window
@@ -52,6 +53,8 @@ class Stepping:
     _accumulating: Accumulating
     _gated: Tensor | None = None
     loss_limit: Tensor | None = None  # 0-d: a step with a micro-batch whose mean loss is above it is left out, as if it were NaN
+    pipeline_kind: int = 0  # under a pipeline: what its losses are, as in `Window.kind`
+    pipeline_over: Tensor | None = None  # under a pipeline: not 0 if a micro-batch of the window was above `loss_limit`
     nonfinite_steps: int = 0  # steps left out because a gradient was NaN or Inf, as of now (CPU) or of the last `check_finite`
     wants_norm: bool = False  # whether the next step should leave its norm in last_grad_norm; the Trainer asks at log points
 
@@ -65,6 +68,7 @@ class Stepping:
         self._reads_loss = self.nonfinite != "ignore" and self.world.device.type == "cpu"
         self._checks_gradients = self.nonfinite != "ignore" and not self._scales_loss
         self._gates = self.world.device.type != "cpu"
+        self._pipelined = any(s.pipeline_of(model) is not None for s in own for model in self.models.values())
 
     # -- one micro-batch ----------------------------------------------------------------------------------------------
     @property
@@ -95,11 +99,17 @@ class Stepping:
     def forward_backward(self, step: Callable[..., Any], *args: Any) -> Any:
         """Run `step(*args)` under the precision, and the backward pass of its loss; return the step's own result.
 
+        A step of a model that is run as a pipeline is not called: its schedule runs here, and compute_loss gives the loss.
+
         The result is a 0-d tensor (the mean loss), or a dict with "loss" and, if the loss is a sum, "num_items"; None skips it.
         Raises:
             DataError: anything else.
             NonFiniteError: the loss is NaN or Inf (see `nonfinite`).
         """
+        if self._pipelined and (pipe := self._pipeline_of(step)) is not None:
+            from .pipelining import train_batch
+
+            return train_batch(self, pipe, args[0] if self._convert_input is None else self._convert_input(args[0]))
         step = self._bound.get(step, step)
         if self._convert_input is not None:
             args = self._convert_input(args)
@@ -115,6 +125,12 @@ class Stepping:
         elif output is not None or self.world.size > 1:
             raise _unusable(step, output, self.world)
         return output
+
+    def _pipeline_of(self, step: Callable[..., Any]) -> PipelinedModel | None:
+        """What runs the model that `step` is a method of in stages."""
+        owner = getattr(step, "__self__", None)
+        found = (s.pipeline_of(owner) for s in (self.strategy, *self.strategies.values()) if isinstance(owner, nn.Module))
+        return next((pipe for pipe in found if pipe is not None), None)
 
     def backward(self, loss: Tensor, *, num_items: Tensor | int | None = None, **kwargs: Any) -> None:
         """Run the backward pass of `loss`, weighted for its window.

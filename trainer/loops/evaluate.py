@@ -16,6 +16,7 @@ import torch
 from ...strategies.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from ..accelerator import Accelerator
     from ..data.loader import Loader
     from ..metrics import Metrics
     from ..trainer import Trainer
@@ -38,6 +39,7 @@ def evaluate(
     step: Callable[..., Any] = getattr(module, f"{stage}_step")
     _check_arguments(step, type(module).__name__, len(loaders) > 1)
     batch_start, batch_end = getattr(hooks, f"on_{stage}_batch_start"), getattr(hooks, f"on_{stage}_batch_end")
+    step = _in_stages(accelerator, step, metrics, returns=bool(batch_end))
     for strategy in (accelerator.strategy, *accelerator.strategies.values()):
         strategy.sync_buffers(accelerator.prepared_models.values())
     with _Evaluating(trainer, metrics, inference):
@@ -93,6 +95,7 @@ def predict(trainer: Trainer, loaders: Mapping[str, Loader]) -> list[Any]:
     """
     module, hooks, accelerator = trainer.module, trainer.hooks, trainer.accelerator
     _check_arguments(module.predict_step, type(module).__name__, len(loaders) > 1)
+    step = _in_stages(accelerator, module.predict_step, None, returns=True)
     results: list[list[Any]] = []
     seen = 0
     with _Evaluating(trainer, None, True):
@@ -106,7 +109,7 @@ def predict(trainer: Trainer, loaders: Mapping[str, Loader]) -> list[Any]:
                 for hook in hooks.on_predict_batch_start:
                     hook(batch, batch_idx, *extra)
                 with _autocast(accelerator):
-                    output = module.predict_step(accelerator.precision.convert_input(batch), batch_idx, *extra)
+                    output = step(accelerator.precision.convert_input(batch), batch_idx, *extra)
                 for hook in hooks.on_predict_batch_end:
                     hook(output, batch, batch_idx, *extra)
                 if loader.num_samples:
@@ -141,6 +144,18 @@ class _Evaluating:
             module.training = training
         self.trainer.log_into(*self.before)
         self.trainer.log_suffix = ""
+
+
+def _in_stages(
+    accelerator: Accelerator, step: Callable[..., Any], metrics: Metrics | None, *, returns: bool
+) -> Callable[..., Any]:
+    """Return what runs in the place of `step`: the step, but where its model is run as a pipeline."""
+    pipe = accelerator._pipeline_of(step)
+    if pipe is None:
+        return step
+    from ..pipelining import evaluation_step
+
+    return evaluation_step(pipe, step, metrics, returns=returns)
 
 
 def _check_arguments(step: Callable[..., Any], owner: str, several: bool) -> None:
