@@ -93,7 +93,7 @@ def restore(
             "Build the same ones."
         )
     for name, provider in providers.items():
-        _check_provider(name, provider, checkpoint, held, strict=strict)
+        _check_provider(name, provider, checkpoint, held, accelerator.world.rank, strict=strict)
     for strategy, models, optimizers in _by_strategy(accelerator):
         own = {f"model/{n}/" for n in models}
         theirs = [n for n in names if not n.startswith("model/") or any(n.startswith(p) for p in own)]
@@ -117,13 +117,21 @@ def _is_per_rank(provider: Provider) -> bool:
     return getattr(provider, "state_is_per_rank", False) or getattr(provider, "per_rank", False)
 
 
-def _check_provider(name: str, provider: Provider, checkpoint: Checkpoint, held: set[str], *, strict: bool) -> None:
+def _check_provider(name: str, provider: Provider, checkpoint: Checkpoint, held: set[str], rank: int, *, strict: bool) -> None:
+    """Refuse what can be refused before anything is loaded: a provider may have `check_state`, which changes nothing."""
     there = name in checkpoint.rank_value_names(0) if _is_per_rank(provider) else name in held
     if strict and not there and getattr(provider, "state_is_required", True):
         kind = sorted(n for n in {*held, *checkpoint.rank_value_names(0)} if n.split("/")[0] == name.split("/")[0])
         raise CheckpointError(
             f"The checkpoint holds no state for {name!r}; of that kind it holds {', '.join(kind) or 'nothing'}. "
             "Register the same objects as in the run that saved it, or load with strict=False."
+        )
+    check = getattr(provider, "check_state", None)
+    if check is not None and there:
+        check(
+            checkpoint.rank_value(name, rank if rank < checkpoint.world_size else 0)
+            if _is_per_rank(provider)
+            else checkpoint.value(name)
         )
 
 

@@ -169,6 +169,71 @@ def test_a_state_of_other_objects_is_refused_and_nothing_is_loaded(tmp_path: Pat
         assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True)), kind
 
 
+def test_other_data_are_refused_before_the_weights_are_loaded(tmp_path: Path) -> None:
+    """A position in the middle of an epoch of 26 samples means nothing in one of 20."""
+
+    def made(samples: int, value: float) -> tuple[Accelerator, nn.Module, Any]:
+        accelerator = Accelerator(seed=0)
+        net = nn.Linear(2, 1)
+        nn.init.constant_(net.weight, value)
+        optimizer = torch.optim.AdamW(net.parameters())
+        loader = DataLoader(TensorDataset(torch.zeros(samples, 2)), batch_size=4)
+        return (accelerator, *accelerator.prepare(net, optimizer, loader)[::2])
+
+    accelerator, _, loader = made(26, 1.0)
+    next(iter(loader))
+    accelerator.save_state(tmp_path)
+    accelerator, net, _ = made(20, 2.0)
+    with pytest.raises(CheckpointError, match="sample 4 of 26, and this data set has 20"):
+        accelerator.load_state(tmp_path)
+    assert net.weight.tolist() == [[2.0, 2.0]]
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_damage_anywhere_leaves_everything_as_it_was(live: bool, tmp_path: Path) -> None:
+    """Tensors are read straight into model and optimizer, and yet a bit that flipped in the last of them is met before."""
+    job = Job()
+    job.run(range(1), save_at=4, folder=tmp_path)
+    (folder,) = tmp_path.glob("step-*")
+    shard = folder / "shard-00000-of-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    other = Job()
+    if live:
+        other.run(range(1))
+    held = [w.clone() for w in weights(other.model)]
+    state = {n: v.clone() for s in other.optimizer.state.values() for n, v in s.items()}
+    with pytest.raises(CheckpointError, match=r"crc32 mismatch.*Nothing was loaded"):
+        other.accelerator.load_state(folder)
+    assert all(torch.equal(a, b) for a, b in zip(held, weights(other.model), strict=True))
+    assert state.keys() == {n for s in other.optimizer.state.values() for n in s}
+    now = {n: v for s in other.optimizer.state.values() for n, v in s.items()}
+    assert all(torch.equal(state[n], now[n]) for n in state)
+
+
+def test_a_live_optimizer_keeps_its_memory(tmp_path: Path) -> None:
+    """The state is read into the tensors that are there: no second copy of it."""
+    job = Job()
+    job.run(range(1), save_at=4, folder=tmp_path)
+    before = {id(p): s["exp_avg"].data_ptr() for p, s in job.optimizer.state.items()}
+    job.accelerator.load_state(tmp_path)
+    assert {id(p): s["exp_avg"].data_ptr() for p, s in job.optimizer.state.items()} == before
+
+
+def test_a_state_goes_to_a_url_and_back() -> None:
+    pytest.importorskip("fsspec", reason="waits for fsspec")
+    job = Job()
+    job.run(range(1))
+    expected = [w.clone() for w in weights(job.model)]
+    path = job.accelerator.save_state("memory://test-saving/states")
+    assert str(path) == "memory:///test-saving/states/step-00000001"
+    for place in ("memory://test-saving/states", path, str(path)):
+        other = Job()
+        other.accelerator.load_state(place)
+        assert all(torch.equal(a, b) for a, b in zip(expected, weights(other.model), strict=True))
+
+
 def test_no_checkpoint_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
     accelerator = Accelerator()
     accelerator.prepare(nn.Linear(1, 1))

@@ -267,22 +267,36 @@ class Loader:
             CheckpointError: not such a state, or of other data.
         """
         source, course = self._source, self._course
-        found = loader_state.check(state, "indexed" if isinstance(source, Indexed) else "stream")
+        found = self.check_state(state)
         if isinstance(source, Indexed):
-            seed, source.order.seed = source.order.seed, found["seed"]
-            samples = source.length(found["epoch"]) if found["position"] else None
-            if samples is not None and samples != found.get("samples"):
-                source.order.seed = seed
-                raise CheckpointError(
-                    f"The checkpoint stands at sample {found['position']} of {found.get('samples')}, and this data set has "
-                    f"{samples} samples. "
-                    "Expected the data set of the saved run. Give it the same data, or resume from the end of an epoch."
-                )
-        else:
-            source.check(found)
+            source.order.seed = found["seed"]
         course.epoch, course.start, course.active = found["epoch"], found["position"], None
         course.saved = found if found["position"] else None
         self.epoch, self.position = course.epoch, course.start
+
+    def check_state(self, state: Any) -> dict[str, Any]:
+        """Return `state` if `load_state_dict` can take it; change nothing. A resume asks before it loads the weights.
+
+        Raises:
+            CheckpointError: not such a state, or of other data.
+        """
+        source = self._source
+        found = loader_state.check(state, "indexed" if isinstance(source, Indexed) else "stream")
+        if not isinstance(source, Indexed):
+            source.check(found)
+            return found
+        seed, source.order.seed = source.order.seed, found["seed"]
+        try:
+            samples = source.length(found["epoch"]) if found["position"] else None
+        finally:
+            source.order.seed = seed
+        if samples is not None and samples != found.get("samples"):
+            raise CheckpointError(
+                f"The checkpoint stands at sample {found['position']} of {found.get('samples')}, and this data set has "
+                f"{samples} samples. "
+                "Expected the data set of the saved run. Give it the same data, or resume from the end of an epoch."
+            )
+        return found
 
     # -- for skip_first_batches and prepare_loader --------------------------------------------------------------------
     def _skipping(self, batches: int) -> Loader:

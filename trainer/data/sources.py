@@ -303,5 +303,10 @@ def _check_iterable(loader: Any) -> None:
         isinstance(v, DataLoader) for v in (loader.values() if isinstance(loader, dict) else loader)
     ):
         raise ConfigError(f"A {name} of DataLoaders is not one loader. {hint} Prepare each of them.")
+    if isinstance(loader, torch.nn.Module):
+        raise ConfigError(
+            f"{name} is a model (nn.Module), not a loader. {hint} Look at the order of the arguments: the model comes first, "
+            "then its loaders."
+        )
     if isinstance(loader, str | bytes | dict | torch.Tensor) or not (hasattr(loader, "__iter__") or callable(loader)):
         raise ConfigError(f"A {name} is not a loader. {hint}")

@@ -328,6 +328,7 @@ def test_on_the_cpu_a_batch_is_handed_out_as_it_was_made() -> None:
         ("train", "A str is not a loader"),
         (3, "A int is not a loader"),
         (torch.zeros(3), "A Tensor is not a loader"),
+        (torch.nn.Linear(2, 2), r"Linear is a model \(nn.Module\), not a loader. Expected .* the model comes first"),
         (Numbers(3), r"Numbers is a data set, not a loader.*DataLoader\(dataset, batch_size=32, shuffle=True\)"),
         ([DataLoader(Numbers(3))], "A list of DataLoaders is not one loader"),
         ({"a": DataLoader(Numbers(3))}, "A dict of DataLoaders is not one loader"),
