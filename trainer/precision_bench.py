@@ -38,12 +38,12 @@ __all__ = ["compare", "draw", "machine", "names", "run_all", "run_one", "table"]
 WARM_UP = 10  # steps whose time does not count
 TAIL = 20  # steps whose mean loss is compared
 FIRST = ("fp32", "bf16-mixed", "bf16-true")
-# name -> (precision, the target of quantization-aware training in the second half, bits of the optimizer's state)
+# Beside these: name -> (precision, the target of quantization-aware training in the second half, bits of the optimizer)
 VARIANTS: dict[str, tuple[str, str | None, int | str | None]] = {
-    "bf16-mixed, QAT int8-int4": ("bf16-mixed", "int8-int4", None),
-    "bf16-mixed, AdamW 8 bits": ("bf16-mixed", None, 8),
-    "bf16-mixed, AdamW 4 bits": ("bf16-mixed", None, 4),
-    "bf16-mixed, AdamW fp8": ("bf16-mixed", None, "fp8"),
+    "QAT int8-int4": ("bf16-mixed", "int8-int4", None),
+    "AdamW 8 bits": ("bf16-mixed", None, 8),
+    "AdamW 4 bits": ("bf16-mixed", None, 4),
+    "AdamW fp8": ("bf16-mixed", None, "fp8"),
 }
 # No low precisions, no training, or a name that stands for another of the list.
 LEFT_OUT = ("fp64", "fp16-mixed", "fp16-true", "fp8", "int8-bnb", "nf4-bnb", "fp4-bnb")

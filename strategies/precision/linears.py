@@ -111,10 +111,14 @@ class LowPrecisionLinear(nn.Linear):
             fill = -rows % self.matmul.multiple
             if fill:
                 padded = F.pad(input.reshape(rows, self.in_features), (0, 0, 0, fill))
-                output = self.matmul(padded, self.weight)[:rows].reshape(*input.shape[:-1], self.out_features)
+                output = self.product(padded)[:rows].reshape(*input.shape[:-1], self.out_features)
             else:
-                output = self.matmul(input, self.weight)
+                output = self.product(input)
             return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def product(self, input: Tensor) -> Tensor:
+        """Return input @ weight.T, of as many rows as the product asks for."""
+        return self.matmul(input, self.weight)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.matmul!r}"
