@@ -250,8 +250,19 @@ class DDPStrategy(Strategy):
         Raises:
             ConfigError: parameters that took no part in the loss (named), or took part in a way that DDP cannot count.
         """
-        replicas = self._replicas.values()
-        for replica in replicas:
+        self.begin_backward(loss)
+        try:
+            loss.backward(**kwargs)
+            for replica in self._replicas.values():
+                replica.reducer._check_reducer_finalized()
+        except RuntimeError as error:
+            if (told := self._explained(error)) is not None:
+                raise told from error
+            raise
+
+    def begin_backward(self, loss: Tensor) -> None:
+        """Tell the reducers of a backward pass, whoever runs it."""
+        for replica in self._replicas.values():
             if replica.forward_ran:
                 # DDP's forward has told the reducer. Past nn.Module.__setattr__, which costs a dozen calls.
                 replica.__dict__["forward_ran"] = False  # pyright: ignore[reportIndexIssue]
@@ -259,9 +270,11 @@ class DDPStrategy(Strategy):
                 replica.reducer.prepare_for_backward([loss])
             if replica.rehearses:
                 replica.rehearse(loss)
+
+    def end_backward(self) -> None:
+        """Let the reducers say whether they are done, after a backward pass that another strategy ran."""
         try:
-            loss.backward(**kwargs)
-            for replica in replicas:
+            for replica in self._replicas.values():
                 replica.reducer._check_reducer_finalized()
         except RuntimeError as error:
             if (told := self._explained(error)) is not None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DeepSpeedStrategy", "DummyOptim"]
 
-_PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed", "fp64")
+_PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
 
 
 class DeepSpeedStrategy(DeepSpeedOptions):
@@ -68,17 +68,11 @@ class DeepSpeedStrategy(DeepSpeedOptions):
         """Let DeepSpeed join the processes. Collective."""
         if self.precision is None:
             self.precision = make_precision("fp32")
-        if self.precision.name not in _PRECISIONS or (self.precision.name == "fp64" and self.stage):
-            instead = (
-                "DeepSpeed keeps fp32 masters, so what it has is bf16-mixed"
-                if self.precision.name.endswith("-true")
-                else (
-                    "ZeRO's masters are fp32, so float64 needs stage 0"
-                    if self.precision.name == "fp64"
-                    else "expected fp32, bf16-mixed or fp16-mixed"
-                )
-            )
-            raise ConfigError(f"strategy='deepspeed:{self.stage}' cannot train in precision {self.precision.name!r}: {instead}.")
+        if self.precision.name not in _PRECISIONS:
+            instead = "expected fp32, bf16-mixed or fp16-mixed"
+            if self.precision.name.endswith("-true"):
+                instead = f"it keeps fp32 masters, so what it has is {self.precision.name.replace('true', 'mixed')}"
+            raise ConfigError(f"strategy='deepspeed' cannot train in precision {self.precision.name!r}: {instead}.")
         super().start(world)
         if self.precision.name == "fp16-mixed" and self._weights_in() == "fp16":
             self._check_fp16(world)
@@ -150,10 +144,10 @@ class DeepSpeedStrategy(DeepSpeedOptions):
         assert self.precision is not None
         if id(model) in self._held:
             return model
-        if self.stage and (wide := [k for k, p in model.named_parameters() if p.dtype == torch.float64]):
+        if wide := [k for k, p in model.named_parameters() if p.dtype == torch.float64]:
             raise ConfigError(
-                f"{wide[0]} of model {name!r} is float64, and ZeRO's masters are fp32: it would be trained in fp32. Use strategy="
-                "'deepspeed:0' (or ddp, fsdp), or model.float()."
+                f"{wide[0]} of model {name!r} is float64, which DeepSpeed does not average, and its masters are fp32. Use "
+                "strategy='fsdp' or 'ddp', or model.float()."
             )
         if materialize.has_meta(model):
             materialize.walk(model, lambda key, module: _note(materialize.fill(model, key, module, self.device)), lambda *_: None)

@@ -42,7 +42,6 @@ from .gathering import Gathering
 from .launch.report import install_excepthook
 from .optimizers import PreparedOptimizer, PreparedScheduler, check_strays, owners
 from .pipeline import Pipelines
-from .pipeline import Pipelines
 from .process_control import ProcessControl
 from .saving import Saving
 from .stepping import Accumulating, Stepping
@@ -148,6 +147,7 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers, Pipelin
         self.after_backward: Sequence[Callable[[], None]] = ()
         self._accumulating = Accumulating()
         self._bound: dict[Callable[..., Any], Callable[..., Any]] = {}
+        configuration.tell(self, gradient_accumulation_steps=gradient_accumulation_steps)
         self._configure_hot_path()
 
     # -- prepare ------------------------------------------------------------------------------------------------------
@@ -160,6 +160,7 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers, Pipelin
         """
         models = [o for o in objects if isinstance(o, nn.Module)]
         optimizers = [o for o in objects if isinstance(o, Optimizer)]
+        configuration.tell_batch_size(self, *objects)
         names = self._new_names(len(models))
         prepared_models, prepared_optimizers = self.prepare_models(dict(zip(names, models, strict=True)), optimizers)
         done: dict[int, Any] = {id(m): prepared_models[n] for n, m in zip(names, models, strict=True)}

@@ -198,6 +198,21 @@ def give_shaping(strategies: Iterable[Strategy], compile: Any, activation_checkp
             strategy.activation_checkpointing = activation_checkpointing
 
 
+def tell(accelerator: Any, **settings: Any) -> None:
+    """Let every strategy know what the run says; see `Strategy.take_run`."""
+    for strategy in (accelerator.strategy, *accelerator.strategies.values()):
+        strategy.take_run(**settings)
+
+
+def tell_batch_size(accelerator: Any, *loaders: Any) -> None:
+    """Let every strategy know the batch size of the first of `loaders` that has one."""
+    for loader in loaders:
+        size = getattr(loader, "batch_size", None)
+        if isinstance(size, int) and not isinstance(size, bool):
+            tell(accelerator, train_micro_batch_size_per_gpu=size)
+            return
+
+
 def _give_precision(strategy: Strategy, precision: Precision | None) -> None:
     if precision is None:
         return

@@ -43,6 +43,8 @@ def make_accelerator(trainer: Trainer) -> Accelerator:
         world=world,
     )
     accelerator._owns_world = True
+    if options["gradient_clip_val"] is not None and options["gradient_clip_algorithm"] == "norm":
+        configuration.tell(accelerator, gradient_clipping=options["gradient_clip_val"])
     return accelerator
 
 

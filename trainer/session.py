@@ -20,6 +20,7 @@ from ..strategies.environment import read_job
 from ..strategies.errors import CheckpointError, ConfigError
 from . import defaults, run_data
 from . import state as run_state
+from .config import tell_batch_size
 from .hparams import plain
 from .loops.evaluate import evaluate, predict
 from .loops.train import TrainLoop
@@ -140,7 +141,9 @@ class Session:
         if defaults.writes(trainer):
             trainer.store.claim()
         self._attach(trainer.callbacks)
-        module.configure_model()
+        tell_batch_size(trainer.accelerator, train)
+        with trainer.strategy.init_context():
+            module.configure_model()
         trainer._find_data = partial(self._prepare_data, train, val)
         self._prepare_models()
         trainer.find_data()  # `configure_optimizers` may have asked for it
@@ -323,7 +326,8 @@ class Session:
         if trainer.fitted is not module:  # otherwise they are those of the training
             trainer.callbacks = defaults.asked_callbacks(trainer, module)
         self._attach(trainer.callbacks)
-        module.configure_model()
+        with accelerator.strategy.init_context():
+            module.configure_model()
         models = module.models()
         if any(all(model is not known for known in accelerator.models.values()) for model in models.values()):
             accelerator.free_memory()  # another module's

@@ -62,6 +62,7 @@ class Stepping:
         """Look up once what every step would ask: nothing of this changes after `prepare`."""
         own = [s for s in (self.strategy, *self.strategies.values()) if not s.inference]
         self._syncing = [s for s in own if s.reduces_gradients]
+        self._others = [s for s in dict.fromkeys(own) if s is not self.strategy]
         self._scales_loss = self.precision.scales_loss
         self._autocast = self.precision.autocast(self.world.device) if self.precision.autocast_dtype is not None else None
         self._convert_input = self.precision.convert_input if self.precision.param_dtype is not None else None
@@ -165,9 +166,25 @@ class Stepping:
         if self._scales_loss:
             loss = self.precision.scale(loss)
         window.backwards += 1
-        self.strategy.backward(loss, **kwargs)
+        if self._others:
+            self._joint_backward(self.strategy.backward, loss, **kwargs)
+        else:
+            self.strategy.backward(loss, **kwargs)
         for hook in self.after_backward:
             hook()
+
+    def _joint_backward(self, run: Callable[..., None], loss: Tensor, **kwargs: Any) -> None:
+        """Let the main strategy run a backward pass that may reach the models of others: each does its own around it."""
+        for strategy in self._others:
+            strategy.begin_backward(loss)
+        try:
+            run(loss, **kwargs)
+        except Exception:
+            for strategy in self._others:
+                strategy.break_backward()
+            raise
+        for strategy in self._others:
+            strategy.end_backward()
 
     def manual_backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Run the backward pass of `loss` from inside a step that optimises manually; gradients of all ranks are averaged."""
@@ -182,7 +199,11 @@ class Stepping:
         if loader is not None and loader.num_samples * ranks != loader.global_samples:  # a ragged tail: ranks hold unequal parts
             loss = loss * (loader.num_samples * ranks / loader.global_samples)
         self.window.backwards += 1
-        self.strategy.manual_backward(self.precision.scale(loss) if self._scales_loss else loss, **kwargs)
+        loss = self.precision.scale(loss) if self._scales_loss else loss
+        if self._others:
+            self._joint_backward(self.strategy.manual_backward, loss, **kwargs)
+        else:
+            self.strategy.manual_backward(loss, **kwargs)
 
     def _loss_not_finite(self, loss: Tensor) -> Tensor:
         """Raise, or (policy "skip") return a loss whose gradients are NaN, so that every rank sees it in the reduced gradient."""

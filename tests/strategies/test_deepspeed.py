@@ -37,7 +37,7 @@ def test_each_stage_gives_the_numbers_of_a_plain_loop(stage: int, ranks: Any) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_whole_suite(stage: int, size: int, ranks: Any) -> None:
     """fp32 and bf16, windows of one and three, clipping, counted losses, two models; float64 is refused, in a sentence."""
     steps = 8
@@ -47,15 +47,7 @@ def test_the_whole_suite(stage: int, size: int, ranks: Any) -> None:
     for found in ranks(size, outcomes, f"deepspeed:{stage}", {}, [replace(DOUBLE["sgd"], steps=2)]):
         ((_, outcome, sentence),) = found
         assert outcome == "refused"
-        assert "ZeRO's masters are fp32" in sentence
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2])
-def test_stage_0_is_data_parallel_in_float64_too(size: int, ranks: Any) -> None:
-    cases = [replace(c, steps=8) for c in (*DOUBLE.values(), *SINGLE.values(), *BF16.values())]
-    for found in ranks(size, outcomes, "deepspeed:0", {}, cases, timeout=240):
-        assert [(n, o, d) for n, o, d in found if o != "pass"] == []
+        assert "is float64, which DeepSpeed does not average" in sentence
 
 
 OFFLOAD = {"offload_optimizer": "cpu"}
