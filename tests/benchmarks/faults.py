@@ -1,6 +1,7 @@
 """Random SIGKILLs of a real training, resumed until it ends: is it the run that was never killed, bit for bit?
 
     python tests/benchmarks/faults.py --kills 200 --seed 1
+    python tests/benchmarks/faults.py --resume 1000000          something else: what it costs to go on far into the data
 
 The training has all that would show a resume that is not exact (tests/trainer/resume_jobs.py): shuffling, dropout, BatchNorm,
 random augmentation in two loader workers, accumulation, validations, schedulers by step, epoch and plateau. A checkpoint is due
@@ -33,6 +34,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "trainer"))
 import torch
 from drivetrain.callbacks.checkpoint import Checkpoint
 from drivetrain.strategies.checkpoint import CheckpointStore
+from drivetrain.trainer.data.loader import prepare_loader
 from drivetrain.trainer.launch import launch
 from resume_jobs import Job, Started, _warm, assert_each_sample_once, logged_by, newest_run, read_ledger, result_of, train
+from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler
 
 for _name in ("ddp", "fsdp"):  # once here, not in every rank
     importlib.import_module(f"drivetrain.strategies.{_name}")
@@ -225,6 +229,46 @@ def differences(root: Path, whole: Path) -> list[str]:
     return found
 
 
+# -- far into the data ------------------------------------------------------------------------------------------------------
+class Numbers(Dataset[int]):
+    """So many samples that it takes a while to count them."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+SAMPLERS: dict[str, Callable[[Numbers], Any]] = {
+    "in order": lambda data: None,
+    "shuffled": lambda data: RandomSampler(data, generator=torch.Generator().manual_seed(1)),
+    "weighted": lambda data: WeightedRandomSampler(torch.ones(len(data)), len(data), generator=torch.Generator().manual_seed(1)),
+}
+
+
+def first_batch(sampler: str, batch: int, workers: int, batch_size: int = 4) -> float:
+    """Return the seconds from a new loader to its first batch, when it goes on at that number of a batch."""
+    data = Numbers(1_000_100 * batch_size)
+    chosen = SAMPLERS[sampler](data)
+    began = time.perf_counter()
+    loader = prepare_loader(DataLoader(data, batch_size=batch_size, sampler=chosen, num_workers=workers))
+    loader.load_state_dict(loader.state_dict() | {"position": batch * batch_size})
+    next(iter(loader))
+    return time.perf_counter() - began
+
+
+def measure_resume(batch: int) -> None:
+    print(f"seconds to the first batch of a map-style set of {4 * 1_000_100:,} samples, best of 5: resumed at batch 0, {batch:,}")
+    for sampler in SAMPLERS:
+        for workers in (0, 2):
+            at = {b: min(first_batch(sampler, b, workers) for _ in range(5)) for b in (0, batch)}
+            print(f"{sampler:10} {workers} workers   {at[0]:6.3f}  {at[batch]:6.3f}   {at[batch] - at[0]:+.3f}", flush=True)
+
+
 # -- all of it --------------------------------------------------------------------------------------------------------------
 def measure(kills: int, seed: int, folder: Path, ways: list[str], per_chain: int = 5, say: Any = print) -> dict[str, Counts]:
     """Kill `kills` times, divided over the ways; return what happened by way."""
@@ -275,7 +319,11 @@ def main() -> int:
     parser.add_argument("--ways", default=",".join(WAYS), help="of training, separated by commas")
     parser.add_argument("--folder", help="where the runs go; default: a new folder for temporary files")
     parser.add_argument("--json", help="write the counts into this file")
+    parser.add_argument("--resume", type=int, metavar="BATCH", help="instead: what it costs to go on at that batch")
     asked = parser.parse_args()
+    if asked.resume is not None:
+        measure_resume(asked.resume)
+        return 0
     seed = asked.seed if asked.seed is not None else time.time_ns() % 10**6
     folder = Path(tempfile.mkdtemp(prefix="faults-", dir=asked.folder))
     torch.set_num_threads(1)

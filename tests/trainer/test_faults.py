@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +20,14 @@ from typing import Any, NoReturn
 import pytest
 import torch
 import torch.utils.data._utils.worker
+from drivetrain.callbacks.base import Callback
+from drivetrain.callbacks.checkpoint import Checkpoint
+from drivetrain.strategies.checkpoint import CheckpointStore
+from drivetrain.strategies.errors import CheckpointError, ConfigError
 from drivetrain.trainer.data.loader import prepare_loader
+from drivetrain.trainer.launch import launch
+from drivetrain.trainer.tracking import LoggerWarning
+from resume_jobs import Job, newest_run, train
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -37,7 +49,10 @@ def loses_nothing(kills: int, ways: list[str], folder: Path, capsys: pytest.Capt
 def test_a_training_that_is_killed_and_resumed_is_the_one_that_was_never_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loses_nothing(3, ["single"], tmp_path, capsys)
+    """In a folder whose name has spaces and other people's letters."""
+    folder = tmp_path / "mit Leerzeichen, ünï 日本"
+    folder.mkdir()
+    loses_nothing(3, ["single"], folder, capsys)
 
 
 @pytest.mark.slow
@@ -70,7 +85,10 @@ def test_the_comparison_notices_what_was_lost(tmp_path: Path) -> None:
     assert len(faults.differences(tmp_path / "other", tmp_path / "whole")) == 1
 
 
-# -- loader workers -----------------------------------------------------------------------------------------------------
+# -- disks --------------------------------------------------------------------------------------------------------------
+NOT_ALLOWED = 77
+
+
 def forked(action: Callable[[], Any]) -> int:
     pid = os.fork()
     if pid == 0:
@@ -80,6 +98,126 @@ def forked(action: Callable[[], Any]) -> int:
     return pid
 
 
+def on_a_small_disk(folder: Path, action: Callable[[], None]) -> None:
+    """Run `action` in a process that alone sees 4 MiB of memory mounted at `folder`; what is not mounted goes with it."""
+
+    def child() -> None:
+        if ctypes.CDLL(None).unshare(0x00020000):  # CLONE_NEWNS
+            os._exit(NOT_ALLOWED)
+        for command in (["mount", "--make-rprivate", "/"], ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)]):
+            if subprocess.run(command, check=False).returncode:
+                os._exit(NOT_ALLOWED)
+        warnings.simplefilter("ignore", LoggerWarning)  # metrics.jsonl lies there too
+        try:
+            action()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    _, status = os.waitpid(forked(child), 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code == NOT_ALLOWED:
+        pytest.skip("waits for the right to mount a tmpfs")
+    assert code == 0
+
+
+class Fills(Callback):
+    """Another program takes all of the disk in step 4, and gives it back in step 8."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "others"
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.progress.global_step == 4:
+            trainer.store.join()
+            with contextlib.suppress(OSError), self.file.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        if trainer.progress.global_step == 8:
+            trainer.store.join()
+            self.file.unlink()
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_a_real_disk_that_fills_up_costs_no_earlier_checkpoint(
+    on_error: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = Job(samples=48, epochs=1, validate=False)
+
+    def action() -> None:
+        saving = Checkpoint("1step", save_top_k=-1, on_error=on_error)
+        expected = pytest.raises(CheckpointError, match="free") if on_error == "raise" else contextlib.nullcontext()
+        with expected:
+            train(job, tmp_path, callbacks=[saving, Fills(tmp_path)])
+        folder = CheckpointStore(newest_run(tmp_path) / "checkpoints")
+        steps = [info.step for info in folder.list()]
+        assert steps == ([1, 2, 3] if on_error == "raise" else [1, 2, 3, 8, 9, 10, 11, 12]), steps
+        assert all(folder.verify(info.path) == [] for info in folder.list())
+        assert not list(folder.root.glob(".tmp-*"))
+        with contextlib.suppress(FileNotFoundError):
+            (tmp_path / "others").unlink()
+        result = train(job, tmp_path, resume="auto")
+        assert sorted(result.losses) == (list(range(4, 13)) if on_error == "raise" else [])
+
+    on_a_small_disk(tmp_path, action)
+    said = capfd.readouterr()
+    assert "MiB free" in said.out + said.err or on_error == "raise"
+
+
+@pytest.mark.parametrize("when", ["at the start", "meanwhile"])
+def test_a_disk_that_is_read_only_is_an_error_that_says_so(when: str, tmp_path: Path) -> None:
+    job = Job(samples=48, epochs=1, validate=False)
+
+    def remount(way: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{way}", str(tmp_path)], check=True)
+
+    class Turns(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.progress.global_step == 4:
+                trainer.store.join()
+                trainer.tracking.close("stopped")  # a file that is open for writing would keep the system from it
+                trainer.store._lock = None
+                remount("ro")
+
+    def action() -> None:
+        if when == "at the start":
+            remount("ro")
+            with pytest.raises(ConfigError, match=r"Read-only file system.*Pass root= another folder"):
+                train(job, tmp_path)
+            return
+        with pytest.raises(CheckpointError, match=r"Saving step \d in (.|\n)*Read-only file system(.|\n)*untouched"):
+            train(job, tmp_path, callbacks=[Checkpoint("1step", save_top_k=-1), Turns()])
+        remount("rw")
+        assert sorted(train(job, tmp_path, resume="auto").losses)[0] == 4
+
+    on_a_small_disk(tmp_path, action)
+
+
+# -- memory -------------------------------------------------------------------------------------------------------------
+def runs_out_of_memory(root: Path) -> None:
+    class Greedy(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.progress.global_step == 4 and trainer.world.rank == 1:
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))
+                torch.zeros(2**28)
+
+    train(Job(samples=48, epochs=1, validate=False), root, callbacks=[Checkpoint("1step"), Greedy()], strategy="ddp")
+
+
+def test_a_rank_without_memory_ends_all_and_is_named(tmp_path: Path) -> None:
+    """A stand-in for a memory limit that refuses; one that kills is the SIGKILL of one rank, above."""
+    with pytest.raises(RuntimeError, match="allocate memory") as caught:
+        launch(runs_out_of_memory, tmp_path, devices=2)
+    assert any("Raised on rank 1 of 2" in note for note in caught.value.__notes__)
+    newest = CheckpointStore(newest_run(tmp_path) / "checkpoints").latest()
+    assert newest is not None
+    assert newest.step in (3, 4)
+    assert newest.notes == ()
+
+
+# -- loader workers -----------------------------------------------------------------------------------------------------
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not condition():
