@@ -26,6 +26,6 @@ def check_dispatched(name: str, model: nn.Module, strategy: Strategy) -> None:
     if not getattr(strategy, "takes_dispatched", False):
         places = ", ".join(sorted({str(place) for place in device_map.values()}))
         raise ConfigError(
-            f"The model {name!r} ({type(model).__name__}) is dispatched over {places}, and strategy={strategy.name!r} would move it "
-            "to one device. Use strategy='offload' (one process), or prepare the model as it was before it was dispatched."
+            f"The model {name!r} ({type(model).__name__}) is dispatched over {places}, and strategy={strategy.name!r} would "
+            "move it to one device. Use strategy='offload' (one process), or prepare the model as it was before it was dispatched."
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -268,9 +269,13 @@ def _with_offload(
         return sum(n for t, n in item[2].items() if t not in home)
 
     blocks = [i for i in items if i[1]]
+    usual = statistics.median([sum(i[2].values()) for i in blocks]) if blocks else 0
+    # One that is much larger than the others, such as a table of words, would make all buffers as large: it stays if it can.
+    blocks = [i for i in blocks if sum(i[2].values()) <= 2 * usual]
+    passing = {i[0] for i in blocks}
     # Padding to cache lines and pages: a fraction of a percent of a block of real size.
     buffers = num_buffers * (max((sum(i[2].values()) for i in blocks), default=0) + 2**14)
-    others = sorted((i for i in items if not i[1]), key=lambda i: (i[3], sum(i[2].values())))
+    others = sorted((i for i in items if i[0] not in passing), key=lambda i: (i[3], sum(i[2].values())))
     for item in others:
         tied = next((home[t] for t in item[2] if t in home), None)
         if tied in computing:

@@ -173,7 +173,7 @@ def test_our_own_checkpoints_are_read_too(net: Net, words: Tensor, tmp_path: Pat
     model = load_checkpoint_and_dispatch(empty(), path, MIXED)
     with torch.no_grad():
         assert torch.equal(model(words), net(words))
-    with pytest.raises(ConfigError, match="holds no model 'modle'. Did you mean 'model'"):
+    with pytest.raises(ConfigError, match=r"holds no model 'modle'\. Did you mean 'model'"):
         load_checkpoint_and_dispatch(empty(), path, MIXED, model_name="modle")
 
 
@@ -248,7 +248,7 @@ def test_weights_that_pass_are_never_trained_silently(net: Net, words: Tensor, f
 
 
 def test_gradients_flow_through_blocks_that_are_read_again_for_the_backward_pass(net: Net, words: Tensor, folder: Path) -> None:
-    """Trained: what is in front of the blocks, so that every gradient has passed through all of them. Three steps, like in memory."""
+    """What is trained stands in front of the blocks: every gradient has passed through all of them."""
 
     def train(model: Net) -> tuple[list[float], Tensor]:
         model.requires_grad_(False)
