@@ -203,6 +203,10 @@ class _Shape:
             if part.wants(self._name, self._model, path, module):
                 part.cut(self._name, self._model, path, module)
 
+    def unit(self, path: str, module: nn.Module) -> None:
+        for part in self._parts:
+            part.unit(path, module)
+
 
 def _exists(axis: str) -> bool:
     module = PARTS[axis][1].partition(":")[0] if axis in PARTS else ".pipeline_parallel"

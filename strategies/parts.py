@@ -8,6 +8,7 @@ Each part has a file: tensor_parallel.py, context_parallel.py, expert_parallel.p
                                  in the walk of Sharded.cut_up: every module inside `module` is done, and its own parameters have
                                  their values, rank 0's, on the device. Here they become DTensors on the part's own axis, before
                                  their unit is sharded over "fsdp". So no rank ever holds more than one module whole.
+    unit(path, module)           a unit is about to be sharded
     mesh_of(path, module)        another mesh than "fsdp" for the parameters of a unit; experts have one
     units(name, model)           further units: modules that must be sharded on their own
     sharded(name, model)         all is cut up: what is set on its units
@@ -66,6 +67,9 @@ class Part:
 
     def cut(self, name: str, model: nn.Module, path: str, module: nn.Module) -> None:
         """Spread the module's parameters over the axis."""
+
+    def unit(self, path: str, module: nn.Module) -> None:
+        """Called when all inside a unit is cut, before it is sharded."""
 
     def mesh_of(self, path: str, module: nn.Module) -> DeviceMesh | None:
         """The mesh that the parameters of a unit are sharded over; None for that of the strategy."""

@@ -22,7 +22,7 @@ from .units import repeated_blocks
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Blocks", "Gathered", "HeldWhole", "Own", "SequenceBlocks", "blocks_of"]
+__all__ = ["Blocks", "Gathered", "HeldWhole", "SequenceBlocks", "blocks_of", "own_output"]
 
 _HIDDEN = ("hidden_states", "x", "hidden", "input", "inputs")
 """What the argument is called that goes through a block, where it is passed by name."""
@@ -173,8 +173,7 @@ class SequenceBlocks(ParallelStyle):
             return DTensor.from_local(hidden, device_mesh, whole, run_check=False).redistribute(placements=part).to_local()
 
         def gather(hidden: Tensor) -> Tensor:
-            whole_again = DTensor.from_local(hidden, device_mesh, part, run_check=False).redistribute(placements=whole)
-            return Own.apply(whole_again.to_local())
+            return DTensor.from_local(hidden, device_mesh, part, run_check=False).redistribute(placements=whole).to_local()
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
             return _on_hidden(module, args, kwargs, split)
@@ -191,7 +190,7 @@ class SequenceBlocks(ParallelStyle):
         return module
 
 
-class Own(torch.autograd.Function):
+class _Own(torch.autograd.Function):
     """The same memory, as a tensor that is no view. `to_local` returns views, and where one is the output of a unit of
     fully_shard, an operation in place on it (`logits /= temperature`) would drop the hook that gathers the unit again."""
 
@@ -202,6 +201,15 @@ class Own(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         return grad_outputs[0]
+
+
+def own_output(module: nn.Module, args: Any, output: Any) -> Any:
+    """A forward hook for units: their output, or the tensors of a tuple of outputs, as tensors that are no views."""
+    if isinstance(output, tuple) and type(output) is tuple:
+        return tuple(own_output(module, args, part) for part in output)
+    if isinstance(output, Tensor) and not isinstance(output, DTensor) and output.requires_grad and output._is_view():
+        return _Own.apply(output)
+    return output
 
 
 def _piece(part: Tensor, mesh: DeviceMesh, placement: Shard) -> DTensor:

@@ -45,6 +45,10 @@ class Shape(Protocol):
         """Give the module other parameters. Those it has are on the device, with rank 0's values."""
         ...
 
+    def unit(self, path: str, module: nn.Module) -> None:
+        """Called just before a unit is sharded."""
+        ...
+
 
 class Sharded:
     """A model in pieces.
@@ -63,7 +67,8 @@ class Sharded:
         self, name: str, model: nn.Module, *, ignored: Iterable[Any], device: torch.device, group: dist.ProcessGroup | None
     ) -> None:
         self.name, self.model, self.device = name, model, device
-        self.group = group  # of all ranks that hold pieces of it; None where this one is alone
+        self.is_dry = device.type == "meta"  # a dry run: parameters stay without values
+        self.group = None if self.is_dry else group  # of all ranks that hold pieces of it; None where this one is alone
         self.units: list[str] = []
         self.modules: list[FSDPModule] = []
         self.sends_buffers = False
@@ -129,7 +134,7 @@ class Sharded:
         done: set[int] = set()  # what fully_shard made
 
         def visit(name: str, module: nn.Module) -> None:
-            if materialize.fill(model, name, module, self.device):  # which makes new parameters
+            if not self.is_dry and materialize.fill(model, name, module, self.device):  # which makes new parameters
                 own = dict(model.named_parameters())
                 self.whole = {key: own[key] for key in self.whole}
 
@@ -143,6 +148,8 @@ class Sharded:
             own = {k: p for k, p in module.named_parameters(remove_duplicate=False) if id(p) not in done}
             for parameter in {id(p): p for p in own.values() if not isinstance(p, DTensor)}.values():
                 self._begin(parameter, group)
+            if shape is not None:
+                shape.unit(name, module)
             fully_shard(
                 module,
                 mp_policy=policy(root),
@@ -165,7 +172,7 @@ class Sharded:
 
         materialize.walk(model, visit, leave)
         self._root_groups = self.root._get_fsdp_state()._fsdp_param_groups
-        for buffer in model.buffers():
+        for buffer in () if self.is_dry else model.buffers():
             buffer.data = buffer.data.to(self.device)
         if group is not None:
             broadcast_buffers_(model, group)
@@ -187,6 +194,8 @@ class Sharded:
 
     def _begin(self, parameter: nn.Parameter, group: dist.ProcessGroup | None) -> None:
         """Move a parameter that is still whole to the device, its rows in order, with rank 0's values."""
+        if self.is_dry:
+            return
         held = parameter.data.to(self.device)
         parameter.data = held if held.is_contiguous() else held.contiguous()
         if group is not None:

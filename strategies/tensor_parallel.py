@@ -41,7 +41,7 @@ from torch.distributed.tensor.parallel import (
 from . import dtensors
 from .errors import ConfigError, UnknownName, suggest
 from .parts import Part
-from .sequence_styles import Gathered, HeldWhole, Own, SequenceBlocks, blocks_of
+from .sequence_styles import Gathered, HeldWhole, SequenceBlocks, blocks_of, own_output
 from .tensor_plans import Chosen, choose_styles, heads_of, match_styles
 
 if TYPE_CHECKING:
@@ -186,10 +186,8 @@ class TensorParallel(Part):
         if style == "colwise_gather" and self.plan.loss_parallel:
             return ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
         if style == "colwise_gather":
-            return HeadColumns(output_layouts=Replicate())
-        if style == "rowwise":
-            return EmbeddingRows(input_layouts=Replicate())
-        if style == "rowwise_split":
+            return ColwiseParallel(output_layouts=Replicate())
+        if style in ("rowwise", "rowwise_split"):
             return RowwiseParallel(input_layouts=Replicate())
         # Heads: whichever dimension but the last; the module works on each head alone.
         return HeldWhole(Shard(0) if style == "heads" else sequence)
@@ -292,8 +290,12 @@ class TensorParallel(Part):
                     assert isinstance(new, nn.Parameter)
                     self._tied[id(parameter)] = (parameter, new)
 
+    def unit(self, path: str, module: nn.Module) -> None:
+        module.register_forward_hook(own_output)  # before torch's, which takes no views
+
     def sharded(self, name: str, model: nn.Module) -> None:
-        self._unchecked.append(model)
+        if self.strategy.world.parameter_device.type != "meta":  # a dry run has no values to look at
+            self._unchecked.append(model)
 
     # -- running ----------------------------------------------------------------------------------------------------------
     def inside(self, method: str | None) -> AbstractContextManager[Any] | None:
@@ -354,22 +356,6 @@ class TensorParallel(Part):
             rows.append((f"{prefix}tensor parallel", f"{cut}   {chosen.reason}"))
             rows += [(f"{prefix}tensor parallel", note) for note in chosen.notes]
         return rows
-
-
-class HeadColumns(ColwiseParallel):
-    """torch's, with an output that may be the output of a unit."""
-
-    @staticmethod
-    def _prepare_output_fn(output_layouts: Any, use_local_output: Any, mod: Any, outputs: Any, device_mesh: Any) -> Any:
-        return Own.apply(ColwiseParallel._prepare_output_fn(output_layouts, use_local_output, mod, outputs, device_mesh))
-
-
-class EmbeddingRows(RowwiseParallel):
-    """torch's, with an output that may be the output of a unit."""
-
-    @staticmethod
-    def _prepare_output_fn(output_layouts: Any, use_local_output: Any, mod: Any, outputs: Any, device_mesh: Any) -> Any:
-        return Own.apply(RowwiseParallel._prepare_output_fn(output_layouts, use_local_output, mod, outputs, device_mesh))
 
 
 def _on_tp(parameter: Tensor) -> bool:

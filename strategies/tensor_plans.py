@@ -201,7 +201,7 @@ def _head_norms(path: str, module: nn.Module, query: nn.Linear) -> dict[str, str
             if weight.numel() == query.out_features:
                 raise ConfigError(
                     f"{_join(path, name)} norms all heads together ({weight.numel()} features), and under tensor parallel no "
-                    "rank has them all. Write a plan that leaves attention whole: tensor_parallel={'layers.*.w1': 'colwise', ...}."
+                    "rank has them all. Write a plan that leaves it whole: tensor_parallel={'layers.*.w1': 'colwise', ...}."
                 )
             found[_join(path, name)] = "heads"
     return found
@@ -233,7 +233,7 @@ def _fused(path: str, name: str, model: nn.Module) -> ConfigError:
     return ConfigError(
         f"{where} of {type(model).__name__} is several matrices in one (queries, keys and values, or gate and up). A cut "
         f"through its columns would give a rank parts of some and none of others. Write them as Linears of their own (q_proj, "
-        f"k_proj, v_proj), or give a plan without {where}: tensor_parallel={{'layers.*.w1': 'colwise', 'layers.*.w2': 'rowwise'}}."
+        f"k_proj, v_proj), or give a plan without it: tensor_parallel={{'layers.*.w1': 'colwise', 'layers.*.w2': 'rowwise'}}."
     )
 
 
