@@ -97,6 +97,7 @@ class Counts:
     before_the_first_step: int = 0
     chains: int = 0
     mismatches: list[str] = field(default_factory=list)
+    whole_s: float = 0.0
     steps_lost: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -119,7 +120,7 @@ def never_killed(way: str, root: Path) -> float:
     return time.monotonic() - began
 
 
-def chain(way: str, root: Path, whole: Path, seconds: float, kills: int, dice: random.Random, counts: Counts) -> None:
+def chain(way: str, root: Path, whole: Path, kills: int, dice: random.Random, counts: Counts) -> None:
     """Start, kill `kills` times, let it end, compare. A kill that came too late is tried again with the next chain."""
     counts.chains += 1
     begun = 0
@@ -131,7 +132,7 @@ def chain(way: str, root: Path, whole: Path, seconds: float, kills: int, dice: r
                 if code != 0:
                     counts.mismatches.append(f"{way}: ended with {code}:\n{victim.output()}")
                     return
-            elif not _kill(way, victim, seconds, dice, counts, begun):
+            elif not _kill(way, victim, dice, counts, begun):
                 break
             begun = max(begun, _steps_begun(way, root))
         finally:
@@ -139,9 +140,10 @@ def chain(way: str, root: Path, whole: Path, seconds: float, kills: int, dice: r
     counts.mismatches += [f"{way}, chain {counts.chains}: {what}" for what in differences(root, whole)]
 
 
-def _kill(way: str, victim: Victim, seconds: float, dice: random.Random, counts: Counts, begun: int) -> bool:
+def _kill(way: str, victim: Victim, dice: random.Random, counts: Counts, begun: int) -> bool:
     """Kill at a random instant; return False when it had ended before."""
-    aimed, one, at = dice.random() < 0.5, dice.random() < 0.5, time.monotonic() + dice.uniform(0, seconds)
+    began = time.monotonic()
+    aimed, one, at = dice.random() < 0.5, dice.random() < 0.5, began + dice.uniform(0, counts.whole_s)
     victim.wait_until(lambda: time.monotonic() >= at, PATIENCE_S)
     if aimed:
         victim.wait_until(lambda: is_half_written(victim.root), PATIENCE_S)
@@ -151,6 +153,8 @@ def _kill(way: str, victim: Victim, seconds: float, dice: random.Random, counts:
     if victim.poll() is not None:
         if victim.code:
             counts.mismatches.append(f"{way}: ended by itself with {victim.code}:\n{victim.output()}")
+        if not begun:  # the machine is less busy now: later instants would hit nothing
+            counts.whole_s = min(counts.whole_s, time.monotonic() - began)
         return False
     one = one and len(ranks) == WAYS[way]
     killed_at = time.monotonic()
@@ -246,7 +250,7 @@ class Numbers(Dataset[int]):
 SAMPLERS: dict[str, Callable[[Numbers], Any]] = {
     "in order": lambda data: None,
     "shuffled": lambda data: RandomSampler(data, generator=torch.Generator().manual_seed(1)),
-    "weighted": lambda data: WeightedRandomSampler(torch.ones(len(data)), len(data), generator=torch.Generator().manual_seed(1)),
+    "weighted": lambda data: WeightedRandomSampler([1.0] * len(data), len(data), generator=torch.Generator().manual_seed(1)),
 }
 
 
@@ -278,10 +282,10 @@ def measure(kills: int, seed: int, folder: Path, ways: list[str], per_chain: int
         goal = kills // len(ways) + (index < kills % len(ways))
         counts = results[way] = Counts()
         whole = folder / f"{way} whole"
-        seconds = never_killed(way, whole)
+        counts.whole_s = never_killed(way, whole)
         while counts.kills < goal and len(counts.mismatches) < 20:
             root = folder / f"{way} {counts.chains + 1}"
-            chain(way, root, whole, seconds, min(per_chain, goal - counts.kills), dice, counts)
+            chain(way, root, whole, min(per_chain, goal - counts.kills), dice, counts)
             if not counts.mismatches:
                 shutil.rmtree(root)
         say(row(way, counts))

@@ -52,7 +52,7 @@ def test_a_training_that_is_killed_and_resumed_is_the_one_that_was_never_killed(
     """In a folder whose name has spaces and other people's letters."""
     folder = tmp_path / "mit Leerzeichen, ünï 日本"
     folder.mkdir()
-    loses_nothing(3, ["single"], folder, capsys)
+    loses_nothing(2, ["single"], folder, capsys)
 
 
 @pytest.mark.slow
