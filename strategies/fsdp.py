@@ -314,13 +314,14 @@ class FSDPStrategy(Strategy):
         """
         self.adopt(optimizer)
         for group in optimizer.param_groups:
-            kinds = {isinstance(p, DTensor) for p in group["params"]}
+            kinds = {p.device_mesh if isinstance(p, DTensor) else None for p in group["params"]}
             asked = [key for key in ("fused", "foreach") if group.get(key)]
             if len(kinds) > 1 and asked:
                 whole = [n for s in self._sharded.values() for n, p in s.whole.items() if any(p is q for q in group["params"])]
+                met = f"{', '.join(whole[:5])} are held whole while the others are cut up"
                 raise ConfigError(
                     f"{type(optimizer).__name__}({asked[0]}=True) takes all parameters of a group at once, and "
-                    f"{', '.join(whole[:5])} are held whole while the others are cut up. Give them a parameter "
+                    f"{met if whole else 'some of them are cut over other axes than the others'}. Give them a parameter "
                     f"group of their own, give 0-d parameters shape (1,), or leave {asked[0]} out."
                 )
         return super().prepare_optimizer(optimizer)
