@@ -1,11 +1,12 @@
 """Every strategy against one plain PyTorch loop: a table of strategies x precisions x cases, each cell pass, or refused and why.
 
-    python tests/benchmarks/matrix.py                    all rows, 12 steps each
+    python tests/benchmarks/matrix.py                    all rows, 4 steps each: about a quarter of an hour on two cores
     python tests/benchmarks/matrix.py --steps 50 --only fsdp --json FILE
 
-A row is a strategy on a number of processes, which are forked here and talk over gloo; a cell is a case of contract.py:
-the losses of all steps and all weights against the plain loop, and a run that was saved and loaded half-way against the straight
-one, bit for bit. What a strategy refuses stands below the table with its sentence. The exit code is 1 if any cell fails.
+A row is a strategy on some processes, which are forked here and talk over gloo, and a model of contract_models.py; a cell is
+a case of contract.py: the losses of all steps and all weights against the plain loop, and a run that was saved and loaded half-way
+against the straight one, bit for bit. What a strategy refuses stands below the table with its sentence. A blank is a case
+that the model has not (a window of BatchNorm is not one big batch). The exit code is 1 if any cell fails.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,44 +24,85 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conftest import run_ranks
 from drivetrain.strategies.base import make_strategy
-from drivetrain.strategies.contract import CASES, MIXED, Case, check_strategy
+from drivetrain.strategies.contract import CASES, MIXED, Case, cases_of, check_strategy
 from drivetrain.strategies.errors import ConfigError
+from drivetrain.strategies.tensor_parallel import TensorPlan
 from drivetrain.strategies.world import World
 
-ROWS: list[tuple[str, int]] = [
-    ("single", 1),
-    ("single", 2),
-    ("ddp", 1),
-    ("ddp", 2),
-    ("ddp", 4),
-    ("fsdp", 1),
-    ("fsdp", 2),
-    ("fsdp", 4),
-    ("fsdp:2", 4),
-    ("hsdp", 2),
-    ("hsdp", 4),
-    ("hsdp:2", 4),
-    ("fsdp:2+tp:2", 4),
-    ("fsdp:2+pp:2", 4),
-    ("fsdp:2+cp:2", 4),
-    ("fsdp:2+ep:2", 4),
-]
+SYNCED = {"sync_batchnorm": True}
+PIPELINES = ("gpipe", "1f1b", "looped-bfs", "interleaved", "zero-bubble", "zbv", "dualpipev")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A strategy on some processes, training a model.
+
+    Attributes:
+        options: of the strategy, beside its name.
+        note: what they are, in the table.
+    """
+
+    strategy: str
+    ranks: int
+    model: str = "llama"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.strategy}{self.note and ' ' + self.note} x{self.ranks} {self.model}"
+
+
+def _rows() -> Iterator[Row]:
+    for strategy, ranks in (("single", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)):
+        for model in ("mlp", "llama", "conv"):
+            yield Row(strategy, ranks, model)
+    yield Row("single", 1, "conv-bn")
+    for strategy, ranks in (("ddp", 2), ("fsdp", 2), ("hsdp", 4)):
+        yield Row(strategy, ranks, "conv-bn", SYNCED, "sync BN")
+    yield Row("single", 2)
+    yield Row("hsdp", 2)
+    yield Row("tp:2", 2, "mlp", {"tensor_parallel": {"first": "colwise_gather", "second": "rowwise_split"}}, "own plan")
+    yield Row("tp:2", 2, "mlp")
+    for model in ("llama", "gpt"):
+        yield Row("tp:2", 2, model)
+        yield Row("tp:2+sp", 2, model)
+    yield Row(
+        "tp:2", 2, "llama", {"tensor_parallel": TensorPlan(sequence_parallel=True, loss_parallel=True)}, "sp, loss parallel"
+    )
+    yield Row("tp:4", 4, "llama")
+    for method in ("all-gather", "ring", "ulysses"):
+        yield Row("cp:2", 2, "llama", {"context_parallel": method}, method)
+    for schedule in PIPELINES:
+        yield Row("pp:2", 2, "llama", {"pipeline": schedule}, schedule)
+    yield Row("fsdp:2+ep:2", 2, "moe")
+    yield Row("fsdp:4+ep:2", 4, "moe")
+    for strategy in ("fsdp:2+tp:2", "fsdp:2+tp:2+sp", "fsdp:2+pp:2", "fsdp:2+cp:2", "tp:2+pp:2", "cp:2+tp:2"):
+        yield Row(strategy, 4)
+    yield Row("hsdp:2+tp:2", 8)
+    yield Row("fsdp:2+tp:2+pp:2", 8)
+
+
+ROWS: list[Row] = list(_rows())
 PRECISIONS = ("float64", "fp32", "bf16-mixed")
 
 
-def run_row(strategy: str, cases: Sequence[Case]) -> list[tuple[str, str, str, float, float]]:
+def run_row(row: Row, cases: Sequence[Case]) -> list[tuple[str, str, str, float, float]]:
     """Run all cases on this rank; return (case, outcome, detail, loss error, weight error)."""
     world = World.start("cpu", need_group=True)
     found: list[tuple[str, str, str, float, float]] = []
     try:
         for case in cases:
             try:
-                (result,) = check_strategy(lambda: make_strategy(strategy), world, cases=[case])
+                (result,) = check_strategy(lambda: make_strategy(row.strategy, **row.options), world, cases=[case])
                 found.append((case.name, result.outcome, result.detail, result.loss_error, result.weight_error))
             except ConfigError as refusal:  # the string itself
                 found.append((case.name, "refused", str(refusal), 0.0, 0.0))
             except AssertionError as failure:
                 found.append((case.name, "fail", str(failure).strip(), 0.0, 0.0))
+            except Exception as error:  # the other ranks may wait for this one: the row ends here
+                found.append((case.name, "fail", f"{type(error).__name__}: {error}"[:300], 0.0, 0.0))
+                raise
     finally:
         world.stop()
     return found
@@ -68,45 +110,56 @@ def run_row(strategy: str, cases: Sequence[Case]) -> list[tuple[str, str, str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--only", default="", help="rows whose strategy starts so")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--only", default="", help="rows whose name starts so")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    cases = [replace(case, steps=args.steps) for case in (*CASES, *MIXED)]
+    cases = [replace(case, steps=args.steps) for case in (*CASES, *MIXED) if case.models == 1]
     kinds = list(dict.fromkeys(kind_of(case) for case in cases))
     letters = {kind: chr(ord("a") + i) for i, kind in enumerate(kinds)}
     for kind, letter in letters.items():
         print(f"  {letter}  {kind}")
-    print(f"\n{'':22}" + "".join(f"{p:<{len(kinds) + 2}}" for p in PRECISIONS) + "largest error of losses, of weights")
-    print(f"{'':22}" + "".join(f"{''.join(letters.values()):<{len(kinds) + 2}}" for _ in PRECISIONS))
+    print(f"\n{'':34}" + "".join(f"{p:<{len(kinds) + 2}}" for p in PRECISIONS) + "largest error of losses, of weights")
+    print(f"{'':34}" + "".join(f"{''.join(letters.values()):<{len(kinds) + 2}}" for _ in PRECISIONS))
     records: list[dict[str, Any]] = []
     notes: dict[str, list[str]] = {}
-    for strategy, ranks in ROWS:
-        if strategy.startswith(args.only):
+    for row in ROWS:
+        if row.label.startswith(args.only):
             began = time.perf_counter()
-            found = run_ranks(ranks, run_row, strategy, cases, timeout=600)
-            worst = [
-                max(cells, key=lambda cell: ("pass", "refused", "fail").index(cell[1])) for cells in zip(*found, strict=True)
-            ]
-            name = f"{strategy} x{ranks}"
+            chosen = cases_of(row.model, cases)
+            worst = cells_of(row, chosen)
+            name = row.label
             records += [
                 dict(zip(("case", "outcome", "detail", "losses", "weights"), c, strict=True)) | {"row": name} for c in worst
             ]
-            print(line(name, cases, worst, kinds, time.perf_counter() - began), flush=True)
+            print(line(name, chosen, worst, kinds, time.perf_counter() - began), flush=True)
             for cell in worst:
                 if cell[1] != "pass":
                     notes.setdefault(f"{name}: {cell[1]}: {cell[2]}", []).append(cell[0])
-    print("\n. pass   - refused   X fail")
+    print("\n. pass   - refused   X fail   (blank: the model has no such case)")
     for text, names in notes.items():
-        print(f"{text}   ({'all cases' if len(names) == len(cases) else ', '.join(names)})")
+        print(f"{text}   ({len(names)} cells)" if names[6:] else f"{text}   ({', '.join(names)})")
+    outcomes = [record["outcome"] for record in records]
+    print(
+        f"{len(outcomes)} cells: {outcomes.count('pass')} pass, {outcomes.count('refused')} refused, {outcomes.count('fail')} fail"
+    )
     if args.json:
         args.json.write_text(json.dumps(records, indent=1))
     raise SystemExit(any(r["outcome"] == "fail" for r in records))
 
 
+def cells_of(row: Row, cases: Sequence[Case]) -> list[tuple[str, str, str, float, float]]:
+    """Run a row; of each cell return what the rank says that fared worst. A row that breaks off is one of failed cells."""
+    try:
+        found = run_ranks(row.ranks, run_row, row, cases, timeout=1200)
+    except Exception as error:
+        return [(case.name, "fail", f"{type(error).__name__}: {error}"[:300], 0.0, 0.0) for case in cases]
+    return [max(cells, key=lambda cell: ("pass", "refused", "fail").index(cell[1])) for cells in zip(*found, strict=True)]
+
+
 def kind_of(case: Case) -> str:
-    """A case without its precision."""
-    return case.name.split(" ", 1)[1]
+    """A case without its precision and model."""
+    return case.name.split(" ", 1)[1].removesuffix(f" {case.model}")
 
 
 def line(
@@ -116,7 +169,7 @@ def line(
     by_precision = {
         p: {kind_of(c): cell for c, cell in zip(cases, cells, strict=True) if c.name.startswith(p)} for p in PRECISIONS
     }
-    text = f"{name:<22}"
+    text = f"{name:<34}"
     for precision in PRECISIONS:
         held = by_precision[precision]
         text += f"{''.join(marks[held[k][1]] if k in held else ' ' for k in kinds):<{len(kinds) + 2}}"
