@@ -102,6 +102,8 @@ def _quiet(model: nn.Module, shared: SharedSequence) -> Iterator[None]:
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
             yield
     finally:
+        # Weights that autocast has cast and kept were cast without gradients here, and would get none in the step that follows.
+        torch.clear_autocast_cache()
         for module in modes:
             module.training = True
         for name in silenced:
