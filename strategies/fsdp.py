@@ -239,10 +239,12 @@ class FSDPStrategy(Strategy):
             from .batch_norm import convert_sync_batchnorm
 
             model = convert_sync_batchnorm(model, None if group is dist.group.WORLD else group, self.device)
-        sharded = Sharded(name, model, ignored=self.ignored_parameters, device=self.device, group=group)
+        sharded = Sharded(name, model, ignored=self.ignored_parameters, device=self.world.parameter_device, group=group)
         self.cut_up(sharded, {id(module): path for path, module in choose_units(model, self.units)})
         sharded.prefetch(self.forward_prefetch, self.backward_prefetch or 0)
-        sharded.sends_buffers = self.broadcast_buffers and group is not None and any(True for _ in persistent_buffers(model))
+        sharded.sends_buffers = (
+            self.broadcast_buffers and sharded.group is not None and any(True for _ in persistent_buffers(model))
+        )
         for method in dict.fromkeys((*(m for m in _STEPS if _is_own(model, m)), *self.forward_methods)):
             sharded.run_as_forward(method)
         sharded.hook_forward(None if self.precision.autocast_dtype is None else self.precision.autocast(self.device))

@@ -45,7 +45,11 @@ _stores: dict[tuple[int, str, int], tuple[Store, int]] = {}
 
 
 class World:
-    """Ranks, groups and collectives of one run, shared by its strategies. Built by `World.start` or `World.single`."""
+    """Ranks, groups and collectives of one run, shared by its strategies. Built by `World.start` or `World.single`.
+
+    Attributes:
+        parameter_device: where models are put: `device`, but in a dry run, where they stay without values (dry_run.py).
+    """
 
     def __init__(self, env: RankEnvironment, choice: DeviceChoice, group: dist.ProcessGroup | None) -> None:
         """Not for users: `World.start` finds the arguments."""
@@ -54,7 +58,7 @@ class World:
         self.local_rank = env.local_rank
         self.local_size = env.local_size
         self.node_rank = env.node_rank
-        self.device = choice.device
+        self.device = self.parameter_device = choice.device
         self.device_reason = choice.reason
         self.backend = choice.backend if group is not None else "none"
         self.launcher = env.launcher
