@@ -21,7 +21,7 @@ from torch import nn
 from .checkpoint.weights import parse_size
 from .errors import ConfigError, suggest
 from .offload.blocks import choose_blocks
-from .offload.sizes import compute_module_sizes, tensor_bytes, tensors_of
+from .offload.sizes import tensor_bytes, tensors_of
 
 __all__ = [
     "check_device_map",
@@ -121,15 +121,18 @@ def get_balanced_memory(
     devices = [p for p in limits if isinstance(p, int) and limits[p] > 0]
     if len(devices) < 2:
         return limits
-    sizes = compute_module_sizes(model, dtype, special_dtypes)
-    largest = max((sizes[n] for n in choose_blocks(model, no_split_module_classes) if n in sizes), default=0)
+    items = _items(model, no_split_module_classes, dtype, special_dtypes)
+    total = _total(items)
     sharing = devices[1:] if low_zero else devices
-    share = -(-sizes[""] // len(sharing)) + largest
-    for device in sharing[:-1]:
-        limits[device] = min(limits[device], share)
-    if low_zero:
-        others = sum(limits[d] for d in sharing)
-        limits[devices[0]] = min(limits[devices[0]], max(0, sizes[""] - others))
+    room = sum(limits[d] for d in sharing)
+    first = max(0, total - room) if low_zero else 0
+    # The smallest share with which the blocks, which are not split, find room in their order.
+    for percent in range(100, 400, 2):
+        share = -(-(total - first) * percent // (100 * len(sharing)))
+        tried = {d: min(limits[d], share) for d in sharing} | ({devices[0]: min(limits[devices[0]], first)} if low_zero else {})
+        if _fill_in_order(items, devices, tried, {}):
+            # The last keeps its own limit: another type or a buffer more must not send a block to the host.
+            return limits | tried | {devices[-1]: limits[devices[-1]]}
     return limits
 
 

@@ -152,8 +152,11 @@ def dispatch_model(
     Raises:
         ConfigError: "disk" without `offload_dir`, a model that is dispatched already, values missing.
     """
-    if weights_of(model, None) is not None:
+    before = weights_of(model, None)
+    if before is not None and before.streamed:
         raise ConfigError("The model is dispatched already. Call remove_hook_from_submodules(model) first.")
+    if before is not None:
+        before.remove()
     together = [*(no_split_module_classes or ()), *(preload_module_classes or ())] or None
     number = 2 if prefetch else 1
     places = make_device_map(model, device_map, max_memory, together, activations=activations, num_buffers=number)

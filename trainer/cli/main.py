@@ -30,6 +30,7 @@ COMMANDS = {
     "run": Command("drivetrain.trainer.cli.run:main", "run a script on n processes of this machine"),
     "ckpt": Command("drivetrain.trainer.cli.ckpt:main", "list, show, verify, compare, export and prune checkpoints"),
     "bench": Command("drivetrain.trainer.cli.bench:main", "compare the precisions on your model: speed, memory, losses"),
+    "estimate": Command("drivetrain.trainer.cli.estimate:main", "estimate the memory of a local model, without its weights"),
     "env": Command("drivetrain.trainer.cli.env:main", "show versions, devices and variables, for bug reports"),
 }
 
