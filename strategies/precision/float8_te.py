@@ -6,9 +6,12 @@
     mxfp8-te           MXFP8, one power of two a block of 32 (Blackwell)
     nvfp4-te           4-bit floats, one scale a block of 16 (Blackwell)
 
-Linears and LayerNorms become TransformerEngine's, with the same parameters under the same names; steps run under its autocast
-and bf16's. It has no CPU path: what is tested without a GPU is which calls we make (against the real package's signatures and
-recipes), and the swap (against a stand-in). What is said about its numbers is in the tests that are marked `gpu`.
+Linears and norms become TransformerEngine's, with the same parameters under the same names; steps run under its autocast and
+bf16's. Where `fuse` says so, a norm and the Linear behind it become one LayerNormLinear. A LayerNormMLP or its attention cannot
+be put into a forward that somebody else wrote: build your model with them, and they are taken as they are.
+What was run where: it has no CPU path, and no machine with a GPU and TransformerEngine was at hand. Which calls we make is held
+against the real package's signatures, its recipes are built for real, and the swap runs with a stand-in. What is said about
+numbers is in the tests that are marked `gpu`, which have never run.
 Its modules keep their state in a pickle ("_extra_state"); that is left out of ours, and the scales are saved as plain tensors.
 Source: transformer_engine.pytorch (2.20); Micikevicius et al. 2022, arXiv:2209.05433.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -57,7 +61,12 @@ class TERecipe(Choice):
             TransformerEngine accepts names that it does not know; here they are refused.
         norms: whether LayerNorms (and RMSNorms) become TransformerEngine's too. They compute in high precision either way.
         evaluate_in_fp8: False evaluates in bf16.
-        amax_reduction_group: over which ranks delayed scaling takes its largest value; None is all of them.
+        fuse: pairs (norm, Linear) by name, `*` as in file names: {"blocks.*.norm_1": "blocks.*.qkv"}. Each pair becomes a
+            LayerNormLinear; whoever calls the norm gets its input back. Only where nothing else uses the norm's output.
+        amax_reduction_group: over which ranks delayed scaling takes its largest value. None: those of the mesh that the model is
+            cut up over, else all.
+        primary_weights: refused: weights that are float8 only (quantized_model_init) are no plain tensors, which optimizers and
+            checkpoints of ours need.
         skip, skip_first_and_last, min_features: which Linears; see `linears.Choice`.
     """
 
@@ -65,10 +74,18 @@ class TERecipe(Choice):
     options: Mapping[str, Any] = field(default_factory=dict)
     norms: bool = True
     evaluate_in_fp8: bool = True
+    fuse: Mapping[str, str] = field(default_factory=dict)
     amax_reduction_group: Any = None
+    primary_weights: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.primary_weights:
+            raise ConfigError(
+                "TERecipe(primary_weights=True): weights that exist in float8 only are tensors of TransformerEngine's own, which "
+                "could be saved by pickle alone, and its optimizer would have to hold the others. Leave it out; for less memory "
+                "use precision='int8-weights-ao', or fsdp with Float8Recipe(fsdp_all_gather=True)."
+            )
         if self.scaling not in RECIPES:
             raise unknown_name("recipe of TransformerEngine", self.scaling, RECIPES)
 
@@ -144,9 +161,17 @@ class Float8TE(Precision):
             ConfigError: none can be swapped.
         """
         report = choose(model, self.recipe, 32 if self.recipe.scaling in ("mxfp8", "nvfp4") else 16)
-        if not report.converted:
+        own = {name: module for name, module in model.named_modules() if hasattr(module, "fp8_meta")}
+        if not report.converted and not own:
             raise ConfigError(f"precision={self.name!r} found no Linear to convert: {report}. Use precision='bf16-mixed'.")
         te: Any = _load("transformer_engine.pytorch")
+        for name, module in own.items():
+            module.register_state_dict_post_hook(_without_extra_state)
+            self._modules[f"{len(self.reports)}/{name}"] = module
+        for norm, linear in _pairs(model, self.recipe.fuse, report).items():
+            self._fuse(model, norm, linear, te)
+            report.converted.remove(linear)
+            report.fused.append(linear)
         self._context = _Autocast(te, self.recipe)
         for name in report.converted:
             self._swap(model, name, te.Linear, "in_features", "out_features", bias=True)
@@ -155,8 +180,51 @@ class Float8TE(Precision):
             for kind, theirs in kinds:
                 for name in [n for n, m in model.named_modules() if type(m) is kind and _plain_norm(m)]:
                     self._swap(model, name, theirs, "normalized_shape", eps=True)
+        report.converted += report.fused
         self.reports.append(report)
         return model
+
+    def _fuse(self, model: nn.Module, norm_name: str, name: str, te: Any) -> None:
+        """Put a LayerNormLinear in the place of a Linear, with the parameters of the norm, which lets everything pass then."""
+        norm: Any = model.get_submodule(norm_name)  # of either kind
+        linear: Any = model.get_submodule(name)
+        kind = "LayerNorm" if isinstance(norm, nn.LayerNorm) else "RMSNorm"
+        eps = norm.eps if norm.eps is not None else torch.finfo(norm.weight.dtype).eps
+        new = te.LayerNormLinear(
+            linear.in_features,
+            linear.out_features,
+            eps=eps,
+            bias=linear.bias is not None,
+            normalization=kind,
+            params_dtype=linear.weight.dtype,
+            device="meta",
+        )
+        new.layer_norm_weight = norm.weight
+        if getattr(norm, "bias", None) is not None:
+            new.layer_norm_bias = norm.bias
+        for key, parameter in linear.named_parameters(recurse=False):
+            setattr(new, key, parameter)
+        new.train(linear.training)
+        if left := sorted(key for key, parameter in new.named_parameters() if parameter.is_meta):
+            raise ConfigError(
+                f"precision={self.name!r}: TransformerEngine's LayerNormLinear has parameters that {norm_name} and {name} have "
+                f"not: {', '.join(left)}. Leave the pair out of `fuse`."
+            )
+        norm.__class__ = _Passing  # pyright: ignore[reportAttributeAccessIssue]
+        new.register_state_dict_post_hook(_without_extra_state)
+        new.register_state_dict_post_hook(_without_norm)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+        self._modules[f"{len(self.reports)}/{name}"] = new
+
+    def sharded(self, model: nn.Module) -> None:
+        """Take the ranks that the model is cut up over: delayed scaling reduces its largest values over them."""
+        from torch.distributed.tensor import DTensor
+
+        meshes = [p.device_mesh for p in model.parameters() if isinstance(p, DTensor)]
+        if meshes and self._context is not None:
+            mesh = max(meshes, key=lambda m: m.ndim)
+            self._context.group = mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
 
     def _swap(self, model: nn.Module, name: str, theirs: Any, *sizes: str, bias: bool = False, eps: bool = False) -> None:
         module: Any = model.get_submodule(name)
@@ -254,12 +322,15 @@ class _Autocast(AbstractContextManager["_Autocast", None]):
         self.recipe = recipe
         self.built = recipe.build()
         self.outer: AbstractContextManager[Any] | None = None
+        self.group: Any = None  # of the mesh that the model is cut up over; None: all ranks
         self._open: list[Any] = []
 
     def __enter__(self) -> _Autocast:
         assert self.outer is not None
         enabled = self.recipe.evaluate_in_fp8 or torch.is_grad_enabled()
-        inner = self.te.autocast(enabled=enabled, recipe=self.built, amax_reduction_group=self.recipe.amax_reduction_group)
+        group = self.recipe.amax_reduction_group
+        group = group if group is not None else self.group
+        inner = self.te.autocast(enabled=enabled, recipe=self.built, amax_reduction_group=group)
         self.outer.__enter__()
         inner.__enter__()
         self._open.append(inner)
@@ -295,6 +366,43 @@ def _plain_norm(module: Any) -> bool:
     """Whether TransformerEngine's norm can hold the parameters of `module`."""
     has_bias = getattr(module, "bias", None) is not None or type(module) is nn.RMSNorm
     return module.weight is not None and has_bias
+
+
+class _Passing(nn.Module):
+    """A norm whose work is done by the LayerNormLinear behind it. It keeps its parameters, under their names."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input
+
+
+def _pairs(model: nn.Module, fuse: Mapping[str, str], report: Report) -> dict[str, str]:
+    """Return the names (norm -> Linear) that `fuse` stands for; the `*` of both sides are filled alike.
+
+    Raises:
+        ConfigError: a pattern that meets no norm, or whose Linear is not converted.
+    """
+    found: dict[str, str] = {}
+    norms = {n: m for n, m in model.named_modules() if type(m) in (nn.LayerNorm, nn.RMSNorm) and _plain_norm(m)}
+    for norm, linear in fuse.items():
+        pattern = re.compile(re.escape(norm).replace(r"\*", "(.*)"))
+        matches = {name: match for name in norms if (match := pattern.fullmatch(name))}
+        if not matches:
+            raise ConfigError(f"TERecipe(fuse): {norm!r} meets no norm with parameters. There are: {', '.join(norms) or 'none'}.")
+        for name, match in matches.items():
+            second = linear
+            for part in match.groups():
+                second = second.replace("*", part, 1)
+            if second not in report.converted:
+                why = report.skipped.get(second, "there is no such Linear")
+                raise ConfigError(f"TERecipe(fuse): {name} and {second} cannot become one: {second} is not converted ({why}).")
+            found[name] = second
+    return found
+
+
+def _without_norm(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Leave out of a state dict what the norm, which still is there, has under its own names."""
+    for name in ("layer_norm_weight", "layer_norm_bias"):
+        state.pop(f"{prefix}{name}", None)
 
 
 def _without_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:

@@ -78,6 +78,8 @@ class Report:
     converted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     """name -> reason"""
+    fused: list[str] = field(default_factory=list)
+    """of the converted ones, those that became one module with the norm before them"""
     errors: dict[str, float] = field(default_factory=dict)
     """one converted Linear of each shape -> relative error of its output, as `verify` found it"""
 
