@@ -85,7 +85,8 @@ def check(given: dict[str, Any]) -> dict[str, Any]:
             f"strategy must be a name or a Strategy object, got {options['strategy']!r:.60}. For example strategy='ddp'."
         )
     options["loggers"] = _loggers(options["loggers"])
-    options["root"] = Path(options["root"] or "runs")
+    root = options["root"] or "runs"
+    options["root"] = root if "://" in str(root) else Path(root)  # a URL: run_folder.py
     return options
 
 

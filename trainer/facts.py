@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,7 +96,7 @@ class Facts:
 
     @property
     def default_root_dir(self) -> str:
-        return str(Path(self.options["root"]))
+        return str(self.options["root"])
 
     @property
     def log_dir(self) -> str | None:

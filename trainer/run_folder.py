@@ -2,6 +2,9 @@
 
 `resume=None` makes a new folder; "auto" goes on in the newest folder of that name, or starts anew when that has no checkpoint;
 a path names a checkpoint, a run folder, or a checkpoints folder, and is taken just as it is.
+
+root= may be a URL (memory://, s3://, ...: strategies/checkpoint/url_store.py). The checkpoints lie there, under the same names,
+and there a resume looks for runs; config.yaml, metrics and logs are written to runs/<name>/<id>/ on this machine.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..strategies.checkpoint.urls import is_url, path_of
 from ..strategies.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -40,14 +44,16 @@ class RunFolder:
     path: Path
     resume_from: Path | None = None
     notes: list[str] = field(default_factory=list)
+    remote: Any = None
+    """The run's folder behind a URL, where its checkpoints lie, if root= was one."""
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return (self.remote or self.path) / "checkpoints"
 
 
 def open_run(
-    root: Path,
+    root: Path | str,
     name: str | None,
     resume: str | Path | None,
     world: World,
@@ -66,13 +72,17 @@ def open_run(
     if any(c in name for c in "\n\0") or name in (".", "..") or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ConfigError(f"A run's name is a plain folder name, got {name!r}. Say where it lies with root=, as in root='runs'.")
     found: dict[str, Any] | None = None
+    # Absolute: the working folder may change while the run goes on.
+    place = path_of(root).expanduser().absolute()
+    local = Path("runs").absolute() if is_url(place) else place
     if world.is_main:
         try:
-            # Absolute: the working folder may change while the run goes on.
-            found = _choose(root.expanduser().absolute(), name, resume, create, None if own is None else own.path)
+            found = _choose(place, name, resume, create, None if own is None else own.remote or own.path)
             if create:
-                (Path(found["path"]) / "checkpoints").mkdir(parents=True, exist_ok=True)
-                (Path(found["path"]) / "finished").unlink(missing_ok=True)
+                here = _here(path_of(found["path"]), local)
+                for folder in (here, path_of(found["path"])):
+                    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                (here / "finished").unlink(missing_ok=True)
         except (CheckpointError, OSError) as error:
             found = {"error": str(error), "checkpoint": isinstance(error, CheckpointError)}
     found = world.broadcast_json(found)
@@ -84,8 +94,14 @@ def open_run(
             if found["checkpoint"]
             else f"The run folder cannot be made: {found['error']}. Pass root= another folder."
         )
-    resume_from = Path(found["resume_from"]) if found["resume_from"] else None
-    return RunFolder(name, found["id"], Path(found["path"]), resume_from, found["notes"])
+    resume_from = path_of(found["resume_from"]) if found["resume_from"] else None
+    path = path_of(found["path"])
+    return RunFolder(name, found["id"], _here(path, local), resume_from, found["notes"], path if is_url(path) else None)
+
+
+def _here(run: Path, local: Path) -> Path:
+    """Return where a run's own files lie: beside its checkpoints, or under the same name on this machine."""
+    return local / run.parent.name / run.name if is_url(run) else run
 
 
 def _choose(root: Path, name: str, resume: str | Path | None, create: bool, own: Path | None) -> dict[str, Any]:
@@ -98,7 +114,7 @@ def _choose(root: Path, name: str, resume: str | Path | None, create: bool, own:
 
     if resume is None:
         unfinished = _newest(base)
-        if unfinished is not None and _has_checkpoints(unfinished) and not (unfinished / "finished").exists():
+        if unfinished is not None and _has_checkpoints(unfinished) and not _is_finished(unfinished):
             return fresh(f"starting anew; an unfinished run lies in {unfinished} (resume='auto' goes on with it)")
         return fresh()
     if str(resume) == "auto":
@@ -118,7 +134,7 @@ def _choose(root: Path, name: str, resume: str | Path | None, create: bool, own:
             )
         info = _best(path / "checkpoints") if str(resume) == "best" else _latest(path / "checkpoints")
         return {"id": path.name, "path": str(path), "resume_from": str(info.path), "notes": list(info.notes)}
-    given = Path(resume).expanduser().absolute()
+    given = path_of(resume).expanduser().absolute()
     if not given.exists():
         raise CheckpointError(f"There is no checkpoint {given.absolute()}.{_near(given)} Use resume='auto' to take the newest.")
     if given.is_file():
@@ -161,6 +177,10 @@ def _newest(base: Path, *, with_checkpoints: bool = False) -> Path | None:
         return None
     runs = [p for p in base.iterdir() if _has_checkpoints(p) or (not with_checkpoints and (p / "config.yaml").exists())]
     return max(runs, key=_age, default=None)
+
+
+def _is_finished(run: Path) -> bool:
+    return (_here(run, Path("runs").absolute()) / "finished").exists()
 
 
 def _has_checkpoints(run: Path) -> bool:

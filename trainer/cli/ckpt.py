@@ -6,7 +6,8 @@
     drivetrain ckpt diff PATH OTHER              what differs; exit code 1 if anything does
     drivetrain ckpt export PATH --to FOLDER      the weights of one model as Hugging Face safetensors
     drivetrain ckpt prune PATH --last 3          delete what no rule keeps; --dry-run only says what would go
-PATH is a checkpoint (.../step-00000042), the folder that holds them, or a run's folder. Nothing in a file is executed.
+PATH is a checkpoint (.../step-00000042), the folder that holds them, or a run's folder; or the URL of one (s3://...). Nothing in
+a file is executed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...strategies.checkpoint.urls import path_of
 from ...strategies.errors import CheckpointError, ConfigError
 from .parser import Parser
 
@@ -50,7 +52,7 @@ def parser() -> Parser:
     result.add_argument("path", metavar="PATH", help="a checkpoint, a folder of checkpoints, or a run's folder")
     result.add_argument("other", metavar="OTHER", nargs="?", help="diff: what to compare with")
     result.add_argument("--json", action="store_true", help="print one JSON object")
-    result.add_argument("--quick", action="store_true", help="verify: crc32 only, not sha256")
+    result.add_argument("--quick", action="store_true", help="verify: crc32 only, not the sha256 of small files")
     result.add_argument("--to", metavar="FOLDER", help="export: where to")
     result.add_argument("--model", metavar="NAME", help="export: which model, where there are several")
     result.add_argument("--max-shard-size", metavar="SIZE", help="export: of one file, such as 2GB (default 5GB)")
@@ -194,7 +196,7 @@ def _prune(chosen: argparse.Namespace) -> Outcome:
     keep = Keep(chosen.last or 0, chosen.best or 0, chosen.metric, chosen.mode or "min", chosen.every or 0)
     if not (keep.last or keep.best or keep.every):
         raise ConfigError("drivetrain ckpt prune needs a rule for what stays: --last N, --every N, or --best N --metric NAME.")
-    store = CheckpointStore(_folder(Path(chosen.path)))
+    store = CheckpointStore(_folder(path_of(chosen.path)))
     infos = store.list()
     if chosen.dry_run:
         gone = sorted({info.step for info in infos} - keep.chosen(infos))
@@ -235,7 +237,7 @@ def _find(path: str) -> tuple[list[CheckpointInfo], dict[str, str]]:
     """Return the checkpoints at `path`, oldest first, and why others cannot be read."""
     from ...strategies.checkpoint.layout import info_of, parse_folder, read_manifest
 
-    one = Path(path).expanduser()
+    one = path_of(path).expanduser()
     is_one = (one / "manifest.json").exists() or parse_folder(one.name)
     folders = [one] if is_one else [p for p in sorted(_folder(one).iterdir()) if parse_folder(p.name) and not p.is_symlink()]
     infos: list[CheckpointInfo] = []

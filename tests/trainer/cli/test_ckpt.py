@@ -130,3 +130,16 @@ def test_what_cannot_be_done_is_said(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(kind, match=message):
         ckpt.main(arguments)
+
+
+def test_checkpoints_behind_a_url_are_looked_at_in_the_same_way(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fsspec", reason="waits for fsspec")
+    store = CheckpointStore("memory://ckpt-cli/checkpoints")
+    for step in (1, 2):
+        store.save(step, {"model/main/w": torch.ones(3)}, {})
+    for place in ("memory://ckpt-cli", "memory://ckpt-cli/checkpoints"):
+        code, found = told(capsys, "ls", place)
+        assert (code, [row["step"] for row in found["checkpoints"]]) == (0, [1, 2])
+    assert told(capsys, "verify", "memory://ckpt-cli/checkpoints/step-00000002") == (0, {"faults": {"step-00000002": []}})
+    assert told(capsys, "prune", "memory://ckpt-cli", "--last", "1")[1]["deleted"] == [1]
+    assert told(capsys, "show", "memory://ckpt-cli")[1]["step"] == 2
