@@ -119,6 +119,23 @@ def test_int8_weights_are_refused_on_several_processes(ranks: Any, tmp_path: Pat
         assert "precision='int8-ao'" in told
 
 
+def test_linears_that_are_cut_by_tensor_parallel_are_refused(ranks: Any, tmp_path: Path) -> None:
+    """Their products are ours, and DTensor does not know them. Linears that the plan leaves whole may be converted."""
+    from drivetrain.strategies.mesh import ParallelPlan
+    from drivetrain.strategies.parallel import ParallelStrategy
+
+    def one_rank() -> str:
+        plan = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
+        strategy: Any = ParallelStrategy(plan=ParallelPlan(tp=2), tensor_parallel=plan)
+        with pytest.raises(ConfigError) as refusal:
+            train("fp8-ao", tmp_path, steps=1, strategy=strategy)
+        return str(refusal.value)
+
+    for told in ranks(2, one_rank):
+        assert "blocks.0.up" in told
+        assert "take a precision that changes none" in told
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at each input,
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")  # and makes one of every autograd.Function
 @pytest.mark.parametrize("name", DDP)
