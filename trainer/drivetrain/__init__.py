@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from drivetrain.strategies.activation import ActivationCheckpointing
     from drivetrain.strategies.base import Strategy
     from drivetrain.strategies.compile import Compile
+    from drivetrain.strategies.context_parallel import ContextParallel
     from drivetrain.strategies.ddp import DDPStrategy
+    from drivetrain.strategies.expert_parallel import ExpertParallel
+    from drivetrain.strategies.experts import Experts, MoE, balance_loss
     from drivetrain.strategies.fsdp import FSDPStrategy, HSDPStrategy
     from drivetrain.strategies.mesh import ParallelPlan
     from drivetrain.strategies.muon import MuonAdamW, muon_groups
@@ -28,8 +31,10 @@ if TYPE_CHECKING:
     from drivetrain.strategies.offload.sharded import save_torch_model, split_torch_state_dict_into_shards
     from drivetrain.strategies.offload.strategy import OffloadStrategy
     from drivetrain.strategies.offload.tiers import cpu_offload, cpu_offload_with_hook, disk_offload
+    from drivetrain.strategies.parallel import ParallelStrategy
     from drivetrain.strategies.placement import get_balanced_memory, infer_auto_device_map, infer_device_map
     from drivetrain.strategies.precision.base import Precision
+    from drivetrain.strategies.shared_sequence import context_parallel_attention, sequence_positions
     from drivetrain.trainer.accelerator import Accelerator
     from drivetrain.trainer.data.config import DataLoaderConfiguration
     from drivetrain.trainer.kwargs_handlers import (
@@ -59,10 +64,13 @@ _HOMES = {
     "Callback": "drivetrain.callbacks.base",
     "Checkpoint": "drivetrain.callbacks.checkpoint",
     "Compile": "drivetrain.strategies.compile",
+    "ContextParallel": "drivetrain.strategies.context_parallel",
     "DDPStrategy": "drivetrain.strategies.ddp",
     "DataLoaderConfiguration": "drivetrain.trainer.data.config",
     "DistributedDataParallelKwargs": "drivetrain.trainer.kwargs_handlers",
     "EarlyStopping": "drivetrain.callbacks.early_stopping",
+    "ExpertParallel": "drivetrain.strategies.expert_parallel",
+    "Experts": "drivetrain.strategies.experts",
     "FP8RecipeKwargs": "drivetrain.trainer.kwargs_handlers",
     "FSDPStrategy": "drivetrain.strategies.fsdp",
     "GradScalerKwargs": "drivetrain.trainer.kwargs_handlers",
@@ -72,9 +80,11 @@ _HOMES = {
     "LearningRateMonitor": "drivetrain.callbacks.learning_rate",
     "Logger": "drivetrain.callbacks.loggers.base",
     "MSAMPRecipeKwargs": "drivetrain.trainer.kwargs_handlers",
+    "MoE": "drivetrain.strategies.experts",
     "MuonAdamW": "drivetrain.strategies.muon",
     "OffloadStrategy": "drivetrain.strategies.offload.strategy",
     "ParallelPlan": "drivetrain.strategies.mesh",
+    "ParallelStrategy": "drivetrain.strategies.parallel",
     "Precision": "drivetrain.strategies.precision.base",
     "Preemption": "drivetrain.callbacks.preemption",
     "ProfileKwargs": "drivetrain.trainer.kwargs_handlers",
@@ -84,6 +94,8 @@ _HOMES = {
     "TrainingModule": "drivetrain.trainer.module",
     "Watchdog": "drivetrain.callbacks.watchdog",
     "attach_layerwise_casting_hooks": "drivetrain.strategies.offload.casting",
+    "balance_loss": "drivetrain.strategies.experts",
+    "context_parallel_attention": "drivetrain.strategies.shared_sequence",
     "cpu_offload": "drivetrain.strategies.offload.tiers",
     "cpu_offload_with_hook": "drivetrain.strategies.offload.tiers",
     "disk_offload": "drivetrain.strategies.offload.tiers",
@@ -100,6 +112,7 @@ _HOMES = {
     "remove_hook_from_submodules": "drivetrain.strategies.offload.handle",
     "save_torch_model": "drivetrain.strategies.offload.sharded",
     "seed_everything": "drivetrain.trainer.seed",
+    "sequence_positions": "drivetrain.strategies.shared_sequence",
     "split_torch_state_dict_into_shards": "drivetrain.strategies.offload.sharded",
     "weights_of": "drivetrain.strategies.offload.handle",
 }
@@ -112,10 +125,13 @@ __all__ = [
     "AutocastKwargs",
     "Callback",
     "Checkpoint",
+    "ContextParallel",
     "DDPStrategy",
     "DataLoaderConfiguration",
     "DistributedDataParallelKwargs",
     "EarlyStopping",
+    "ExpertParallel",
+    "Experts",
     "FP8RecipeKwargs",
     "FSDPStrategy",
     "GradScalerKwargs",
@@ -125,9 +141,11 @@ __all__ = [
     "LearningRateMonitor",
     "Logger",
     "MSAMPRecipeKwargs",
+    "MoE",
     "MuonAdamW",
     "OffloadStrategy",
     "ParallelPlan",
+    "ParallelStrategy",
     "Precision",
     "Preemption",
     "ProfileKwargs",
@@ -137,6 +155,8 @@ __all__ = [
     "TrainingModule",
     "Watchdog",
     "attach_layerwise_casting_hooks",
+    "balance_loss",
+    "context_parallel_attention",
     "cpu_offload",
     "cpu_offload_with_hook",
     "disk_offload",
@@ -153,6 +173,7 @@ __all__ = [
     "remove_hook_from_submodules",
     "save_torch_model",
     "seed_everything",
+    "sequence_positions",
     "split_torch_state_dict_into_shards",
     "weights_of",
 ]
