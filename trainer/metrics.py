@@ -332,6 +332,7 @@ class Metrics:
             "names": [[entry.name, *entry.options] for entry in entries],
             "windows": [part.window for part in parts],
             "values": torch.tensor(rows, dtype=torch.float64).reshape(len(parts), 5),
+            "is_duplicate": self.world.is_duplicate,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -354,13 +355,19 @@ class Metrics:
     def load_states(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Take this rank's part of the states of all ranks, in order of rank, of the run that is resumed.
 
-        On as many ranks each takes its own. Otherwise rank 0 takes them all and the others none: what is reported over
-        the ranks stays what it was.
+        On as many ranks each takes its own. Otherwise rank 0 (the first that counts) takes them all and the others none: what
+        is reported over the ranks stays what it was.
         """
-        if len(states) == self.world.size:
+        speaks = [not state.get("is_duplicate", False) for state in states]
+        if self.world.mesh is None and all(speaks):
+            same, first = len(states) == self.world.size, self.world.rank == 0
+        else:  # ranks of tp and pp hold what another one counts: who that is may be another now
+            now = [not duplicate for duplicate in self.world.gather_json(self.world.is_duplicate)]
+            same, first = speaks == now, self.world.rank == now.index(True)
+        if same:
             self.load_state_dict(states[self.world.rank])
         else:
-            self.load_state_dict(_merged(states if self.world.rank == 0 else []))
+            self.load_state_dict(_merged([s for s, counts in zip(states, speaks, strict=True) if counts and first]))
 
 
 def _alone(entries: list[Entry], step: bool) -> dict[Entry, float]:

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from drivetrain import Trainer, TrainingModule
+from drivetrain.callbacks.checkpoint import Checkpoint
 from drivetrain.callbacks.loggers.jsonl import read_metrics
+from drivetrain.strategies.errors import ConfigError, NonFiniteError
 from drivetrain.strategies.world import World
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -92,10 +94,6 @@ def data(samples: int = 38, *, masked: bool = False) -> TensorDataset:
     return TensorDataset(x, y)
 
 
-def strategy_of(word: Any) -> Any:
-    return word() if callable(word) else word
-
-
 def fit(
     root: Path,
     strategy: Any,
@@ -110,12 +108,12 @@ def fit(
     try:
         trainer = Trainer(
             **{"max_epochs": 2, "global_batch_size": 8, "gradient_clip_val": 0.5, "seed": 1, **QUIET, **options},
-            strategy=strategy_of(strategy),
+            strategy=strategy,
             root=root,
             name="run",
             devices=1 if world.size == 1 else "auto",
         )
-        shards = 1 if world.size == 1 or strategy != "fsdp:2+pp:2" else 2
+        shards = trainer.accelerator.strategy.data_shard[1]
         train = DataLoader(data(masked=summed), batch_size=options.pop("batch_size", 8) // shards, shuffle=True)
         module = (make or (lambda: Words(summed=summed)))()
         trainer.fit(module, train, DataLoader(data(13), batch_size=4), resume=resume)
@@ -153,3 +151,126 @@ def test_losses_logged_values_and_validations_are_those_of_one_process(
     predicted = [t for rank in ([0] if size == 2 else [0, 1]) for batch in found[rank]["predicted"] for t in batch]
     assert sorted(predicted) == sorted(t for batch in truth["predicted"] for t in batch)
     assert found[0]["predicted"] == found[size // 2]["predicted"]  # all ranks of a pipeline have them
+
+
+CUT = {"max_steps": 3, "max_epochs": 2, "callbacks": [Checkpoint(save_last=True)]}
+
+
+def cut_and_resumed(root: Path, strategy: Any, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run that is never stopped, and one that is stopped after 3 steps, in the middle of the first epoch, and goes on."""
+    whole = fit(root / "whole", strategy, **options)
+    fit(root / "cut", strategy, **(options | CUT))
+    return whole, fit(root / "cut", strategy, resume="auto", **options)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "size", "options"),
+    [
+        ("pp:2", 2, {"summed": True, "accumulate_grad_batches": 2, "global_batch_size": None, "precision": "bf16-mixed"}),
+        pytest.param("fsdp:2+pp:2", 4, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_resumed_in_the_middle_of_an_epoch_is_bit_for_bit_the_same(
+    strategy: str, size: int, options: dict[str, Any], ranks: Any, tmp_path: Path
+) -> None:
+    for whole, resumed in ranks(size, cut_and_resumed, tmp_path, strategy, timeout=120, **options):
+        assert resumed == whole
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("pp:2", 2), ("single", 1)),
+        pytest.param(("single", 1), ("pp:2", 2), marks=pytest.mark.slow),
+        pytest.param(("ddp", 2), ("pp:2", 2), marks=pytest.mark.slow),
+        pytest.param(("fsdp:2+pp:2", 4), ("pp:2", 2), marks=pytest.mark.slow),
+        pytest.param(("pp:2", 2), ("ddp", 2), marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_crosses_to_and_from_other_strategies(
+    before: tuple[str, int], after: tuple[str, int], ranks: Any, tmp_path: Path
+) -> None:
+    """Weights, AdamW's state, the schedule and the data's position."""
+    (truth,) = ranks(1, fit, tmp_path / "whole", "single")
+    ranks(before[1], fit, tmp_path / "cut", before[0], **CUT)
+    found = ranks(after[1], fit, tmp_path / "cut", after[0], resume="auto")
+    close(found[0]["logged"], truth["logged"])
+
+
+def test_sums_with_their_counts_over_windows_are_those_of_one_process(ranks: Any, tmp_path: Path) -> None:
+    """Padded tokens: no two chunks have the same number of items."""
+    options: dict[str, Any] = {"summed": True, "accumulate_grad_batches": 2, "global_batch_size": None}
+    (truth,) = ranks(1, fit, tmp_path / "one", "single", **options)
+    found = ranks(2, fit, tmp_path / "many", "pp:2", **options)
+    close(found[0]["logged"], truth["logged"])
+
+
+class Exploding(Words):
+    """The loss of the third step is not finite."""
+
+    def compute_loss(self, output: Tensor, batch: Any) -> Any:
+        loss = super().compute_loss(output, batch)
+        return loss * (float("nan") if self.global_step == 2 else 1.0)
+
+
+def explode(root: Path, **options: Any) -> Any:
+    try:
+        return fit(root, "pp:2", make=Exploding, max_epochs=1, **options)["logged"]["loss"]
+    except NonFiniteError as error:
+        return str(error)
+
+
+def test_a_loss_that_is_not_finite_raises_on_every_rank(ranks: Any, tmp_path: Path) -> None:
+    first, second = ranks(2, explode, tmp_path)
+    assert "The loss is nan" in first
+    assert "The loss is nan" in second
+
+
+class NoLoss(Words):
+    compute_loss = TrainingModule.compute_loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).sum()
+
+
+class Manual(Words):
+    automatic_optimization = False
+
+
+class Elsewhere(Words):
+    """Evaluates on other data than the pipeline ran."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0] * 0).sum()
+
+
+def refusal(root: Path, make: Callable[[], Words]) -> str:
+    try:
+        fit(root, "pp:2", make=make, global_batch_size=None)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [(NoLoss, "defines no compute_loss"), (Manual, "optimises manually")],
+)
+def test_modules_that_cannot_train_in_stages_are_refused(make: type[Words], why: str, ranks: Any, tmp_path: Path) -> None:
+    for message in ranks(2, refusal, tmp_path, make):
+        assert why in message
+
+
+def test_an_evaluation_of_something_else_than_the_pipeline_ran_is_refused(ranks: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="something else than the input of the pipeline"):
+        ranks(2, fit, tmp_path, "pp:2", make=Elsewhere, max_epochs=1)
+
+
+def test_the_default_training_step_is_forward_and_compute_loss(tmp_path: Path) -> None:
+    """Without a pipeline too."""
+    module = Words()
+    module._metrics = None
+    assert type(module).training_step is TrainingModule.training_step
+    x, y = data().tensors
+    module.log = lambda *args, **kwargs: None  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.equal(module.training_step((x, y), 0), module.compute_loss(module(x), (x, y)))

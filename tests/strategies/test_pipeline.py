@@ -1,0 +1,289 @@
+"""Pipelines against one plain loop: every schedule, beside sharding, replicas and tensor parallel; memory, frozen parts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from drivetrain.strategies.contract import CASES, MIXED, Case, check_strategy
+from drivetrain.strategies.contract_models import Llama
+from drivetrain.strategies.errors import ConfigError
+from drivetrain.strategies.mesh import ParallelPlan
+from drivetrain.strategies.parallel import ParallelStrategy
+from drivetrain.strategies.pipeline_chunks import Chunk
+from drivetrain.strategies.pipeline_options import SCHEDULES, Pipeline
+from drivetrain.strategies.world import World
+from torch import Tensor, nn
+
+BY_NAME = {case.name: case for case in (*CASES, *MIXED)}
+HARD = "float64 sgd window 3, num_items"
+
+
+def cases(*names: str, steps: int, model: str = "llama") -> list[Case]:
+    return [replace(BY_NAME[name], steps=steps, model=model, clip=BY_NAME[name].clip or 0.05) for name in names]
+
+
+def run_suite(plan: dict[str, int], schedules: list[str], todo: list[Case]) -> list[tuple[str, str]]:
+    """Return the outcome of each case; a failure raises with the table."""
+    world = World.start("cpu", need_group=True)
+    try:
+        found: list[tuple[str, str]] = []
+        for schedule in schedules:
+            results = check_strategy(
+                lambda: ParallelStrategy(plan=ParallelPlan(**plan), pipeline=schedule),  # noqa: B023
+                world,
+                cases=todo,
+            )
+            found += [(result.outcome, result.detail) for result in results]
+        return found
+    finally:
+        world.stop()
+
+
+def test_every_schedule_gives_the_numbers_of_a_plain_loop_and_resumes_bit_for_bit(ranks: Any) -> None:
+    """Windows of three batches, sums with their counts, clipped; the last window has fewer samples than the pipeline chunks."""
+    found = ranks(2, run_suite, {"pp": 2}, list(SCHEDULES), cases(HARD, steps=2))
+    assert found == [[("pass", "")] * len(SCHEDULES)] * 2
+
+
+def test_beside_sharded_data_parallel_and_replicas(ranks: Any) -> None:
+    todo = cases(HARD, steps=2)
+    assert ranks(4, run_suite, {"pp": 2, "dp_shard": 2}, ["1f1b"], todo)[0] == [("pass", "")]
+
+
+def test_what_a_chunk_would_compute_differently_is_refused(ranks: Any) -> None:
+    ((outcome, why), *_), _ = ranks(2, run_suite, {"pp": 2}, ["1f1b"], cases(HARD, steps=2, model="conv-bn"))
+    assert outcome == "refused"
+    assert "first_norm" in why
+    assert "GroupNorm" in why
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_the_whole_suite(schedule: str, ranks: Any) -> None:
+    """fp32 and float64, SGD and AdamW, windows, clipping, counts, two models."""
+    todo = [replace(case, steps=6, model="llama") for case in CASES if "two models" not in case.name or schedule == "1f1b"]
+    found = ranks(2, run_suite, {"pp": 2}, [schedule], todo, timeout=300)
+    assert {outcome for outcome, _ in found[0]} == {"pass"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "plan", "schedules"),
+    [
+        (4, {"pp": 2, "dp_shard": 2}, ["interleaved", "zero-bubble", "zbv", "dualpipev"]),
+        (4, {"pp": 2, "dp_replicate": 2}, ["1f1b", "looped-bfs"]),
+        (4, {"pp": 4}, ["1f1b", "gpipe"]),
+        (4, {"pp": 2, "tp": 2}, ["1f1b", "interleaved"]),
+        (8, {"pp": 2, "tp": 2, "dp_shard": 2}, ["1f1b"]),
+    ],
+)
+def test_beside_every_other_axis(size: int, plan: dict[str, int], schedules: list[str], ranks: Any) -> None:
+    todo = cases(HARD, "fp32 adamw window 3, clipped", "bf16-mixed sgd window 3, cut short", steps=3)
+    found = ranks(size, run_suite, plan, schedules, todo, timeout=300)
+    assert {outcome for outcome, _ in found[0]} == {"pass"}
+
+
+def test_group_norm_convolutions_and_functions_between_modules(ranks: Any) -> None:
+    assert ranks(2, run_suite, {"pp": 2}, ["interleaved"], cases(HARD, steps=3, model="conv"))[0] == [("pass", "")]
+
+
+# -- what a rank holds ------------------------------------------------------------------------------------------------
+def prepared(model: nn.Module, schedule: str = "1f1b", **options: Any) -> tuple[ParallelStrategy, World]:
+    world = World.start("cpu", need_group=True)
+    strategy = ParallelStrategy(plan=ParallelPlan(pp=2), pipeline=Pipeline(schedule=schedule, **options))
+    strategy.start(world)
+    strategy.prepare({"model": model}, [])
+    return strategy, world
+
+
+def local_bytes(model: nn.Module) -> int:
+    storages = {}
+    for p in model.parameters():
+        local = p.to_local() if hasattr(p, "to_local") else p
+        if not local.is_meta:
+            storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def memory() -> tuple[int, list[str], list[tuple[str, str]]]:
+    model = Llama(layers=8)
+    strategy, world = prepared(model)
+    pipe = strategy.pipeline_of(model)
+    assert pipe is not None
+    found = local_bytes(model), list(model.state_dict()), pipe.explain()
+    world.stop()
+    return found
+
+
+def test_a_rank_holds_its_stages_and_the_names_of_the_whole_model(ranks: Any) -> None:
+    whole = Llama(layers=8)
+    total = sum(p.numel() * p.element_size() for p in whole.parameters())
+    first, second = ranks(2, memory)
+    assert first[0] + second[0] == total
+    assert max(first[0], second[0]) < 0.6 * total
+    assert first[1] == second[1] == list(whole.state_dict())
+    assert ("splits", "chosen: by parameters") in first[2]
+
+
+class Initialised(nn.Linear):
+    """Counts how often it was filled."""
+
+    filled = 0
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if not self.weight.is_meta:
+            type(self).filled += 1
+
+
+def on_meta() -> tuple[int, list[bool]]:
+    with torch.device("meta"):
+        model = nn.Sequential(*(Initialised(4, 4) for _ in range(6)))
+    _, world = prepared(model, splits=["2"])
+    world.stop()
+    return Initialised.filled, [p.is_meta for p in model.parameters()]
+
+
+def test_a_model_on_the_meta_device_is_filled_stage_by_stage(ranks: Any) -> None:
+    first, second = ranks(2, on_meta)
+    assert first == (2, [False] * 4 + [True] * 8)
+    assert second == (4, [True] * 4 + [False] * 8)
+
+
+def frozen(which: str) -> dict[str, Tensor | None]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))).double()
+    for i in {"first stage": (0, 1), "middle": (1, 2), "none": ()}[which]:
+        model[i].requires_grad_(False)
+    strategy, world = prepared(model, "zero-bubble" if which == "middle" else "1f1b")
+    pipe = strategy.pipeline_of(model)
+    assert pipe is not None
+    x = torch.arange(24.0, dtype=torch.float64).reshape(6, 4) / 10
+
+    def loss_of(output: Tensor, chunk: Chunk) -> Tensor:
+        return output.pow(2).mean() * chunk.share
+
+    pipe.run(x, loss_of, backward=True)
+    found = {
+        n: None if p.grad is None else p.grad.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+        for n, p in model.named_parameters()
+        if not p.is_meta
+    }
+    world.stop()
+    return found
+
+
+@pytest.mark.parametrize("which", ["first stage", "middle"])
+def test_frozen_stages_take_no_gradient_and_the_others_the_same(which: str, ranks: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))).double()
+    model(torch.arange(24.0, dtype=torch.float64).reshape(6, 4) / 10).pow(2).mean().backward()
+    truth = {n: p.grad for n, p in model.named_parameters()}
+    found = {k: v for rank in ranks(2, frozen, which) for k, v in rank.items()}
+    assert found.keys() == truth.keys()
+    held = {"first stage": ("0.", "1."), "middle": ("1.", "2.")}[which]
+    for name, grad in found.items():
+        if name.startswith(held):
+            assert grad is None
+        else:
+            torch.testing.assert_close(grad, truth[name], rtol=1e-12, atol=1e-14)
+
+
+class Several(nn.Module):
+    """Hands on two tensors, one of them of whole numbers, and takes a dict of other things beside the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def pipeline_parts(self) -> list[Any]:
+        return [("a", lambda x, marks: (self.a(x), marks)), ("b", lambda x, marks: self.b(x) * marks[:, None])]
+
+    def pipeline_input(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return batch["x"], batch["marks"]
+
+
+def several() -> Any:
+    torch.manual_seed(0)
+    model, losses = Several(), []
+    strategy, world = prepared(model)
+    pipe = strategy.pipeline_of(model)
+    assert pipe is not None
+    for samples in (5, 2):
+        batch = {"x": torch.ones(samples, 4), "marks": torch.arange(samples), "names": ["n"] * samples}
+        seen: list[int] = []
+
+        def loss_of(output: Tensor, chunk: Chunk) -> Tensor:
+            seen.append(len(chunk.batch["names"]))  # noqa: B023
+            return output.sum() * (chunk.samples > 0)
+
+        pipe.run(batch, loss_of, backward=True)
+        total = pipe.run(batch, lambda output, chunk: output.detach().sum() if chunk.samples else None, backward=False)
+        losses.append((sum(float(t) for t in total if t is not None), seen))
+    grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if not p.is_meta}  # pyright: ignore
+    world.stop()
+    return losses, grads
+
+
+def test_several_tensors_go_from_stage_to_stage_and_lists_are_cut_with_the_samples(ranks: Any) -> None:
+    torch.manual_seed(0)
+    model = Several()
+    sums = []
+    for samples in (5, 2):
+        output = model.b(model.a(torch.ones(samples, 4))) * torch.arange(samples)[:, None]
+        output.sum().backward()
+        sums.append(output.sum().item())
+    first, second = ranks(2, several)
+    assert [s for s, _ in second[0]] == pytest.approx(sums, rel=1e-5)
+    assert [c for _, c in second[0]] == [[2, 1, 1, 1], [1, 1, 1, 1]]
+    for name, grad in {**first[1], **second[1]}.items():
+        torch.testing.assert_close(grad, dict(model.named_parameters())[name].grad, rtol=1e-5, atol=1e-6)
+
+
+def fails_on_the_last_stage() -> str:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    strategy, _ = prepared(model)
+    pipe = strategy.pipeline_of(model)
+    assert pipe is not None
+    pipe.run(torch.ones(4, 4), lambda output, chunk: F.cross_entropy(output, torch.zeros(9).long()), backward=True)
+    return ""
+
+
+def test_an_error_in_the_loss_is_told_as_it_is(ranks: Any) -> None:
+    with pytest.raises(ValueError, match="batch_size"):
+        ranks(2, fails_on_the_last_stage)
+
+
+def refused(**options: Any) -> str:
+    world = World.start("cpu", need_group=True)
+    try:
+        strategy = ParallelStrategy(plan=options.pop("plan", ParallelPlan(pp=2)), **options)
+        strategy.start(world)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        strategy.prepare({"model": model}, [])
+        model(torch.ones(1, 4))
+    except ConfigError as error:
+        return str(error)
+    finally:
+        world.stop()
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"precision": "fp16-mixed"}, "fp16-mixed"),
+        ({"offload": "cpu"}, "offload"),
+        ({"pipeline": "2f2b"}, "no schedule"),
+        ({"pipeline": Pipeline(schedule="interleaved")}, "2 part"),
+        ({"ignored_parameters": ["nothing"]}, "nothing"),
+        ({}, "no rank has all of it"),
+    ],
+)
+def test_what_does_not_work_is_refused_by_name(options: dict[str, Any], why: str, ranks: Any) -> None:
+    for message in ranks(2, refused, **options):
+        assert why in message
