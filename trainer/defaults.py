@@ -12,6 +12,7 @@ from ..callbacks.runner import check_callbacks
 from ..strategies.world import World
 from . import config as configuration
 from .accelerator import Accelerator
+from .auto_strategy import choose_by_size
 
 if TYPE_CHECKING:
     from ..strategies.checkpoint.store import CheckpointStore
@@ -26,11 +27,14 @@ def make_accelerator(trainer: Trainer) -> Accelerator:
     options = trainer.options
     need_group = configuration.needs_group(trainer.strategy_asked, options["models"], options["plan"])
     world = World.start(options["device"], need_group=need_group)
+    strategy, reason = trainer.strategy_asked, ""
+    if strategy == "auto" and world.size > 1 and options["plan"] is None:
+        strategy, reason = choose_by_size(trainer._module, world)
     seed = options["seed"]
     if seed is None:  # the order of the data follows torch's own seed, the same on all ranks
         seed = world.broadcast_json(torch.initial_seed() % 2**31)
     accelerator = Accelerator(
-        strategy=trainer.strategy_asked,
+        strategy=strategy,
         precision=trainer.precision_asked,
         plan=options["plan"],
         models=options["models"],
@@ -43,6 +47,7 @@ def make_accelerator(trainer: Trainer) -> Accelerator:
         world=world,
     )
     accelerator._owns_world = True
+    accelerator.strategy_reason = reason or accelerator.strategy_reason
     if options["gradient_clip_val"] is not None and options["gradient_clip_algorithm"] == "norm":
         configuration.tell(accelerator, gradient_clipping=options["gradient_clip_val"])
     return accelerator

@@ -54,8 +54,9 @@ class Session:
         trainer = self.trainer
         module = _checked_module(self.given, stage=self.stage)
         find_misspelt(module, TrainingModule, _MODULE_HOOKS, LIGHTNING_ONLY)
-        control = trainer.accelerator.world.control  # starts ranks, world and accelerator, where they are not there yet
         trainer._module, trainer.stage, trainer.leaving = module, self.stage, 0
+        # Starts ranks, world and accelerator, where they are not there yet; strategy="auto" looks at the module.
+        control = trainer.accelerator.world.control
         trainer._boundary, trainer._broken_off, trainer.in_window = None, False, False
         module._trainer = trainer
         trainer.datamodule = self.datamodule
