@@ -48,8 +48,9 @@ class DeepSpeedStrategy(DeepSpeedOptions):
         config: DeepSpeed's JSON, as a path or a dict. `auto` values are filled; contradictions with the run are one error.
         offload_optimizer, offload_parameters: "cpu" or "nvme" (with `nvme_path`); parameters under stage 3 only.
         pin_memory: of what is offloaded to the CPU; None pins where there is an accelerator.
-        weights_in_16_bits: under bf16-mixed and fp16-mixed the model computes in 16-bit parameters, and the fp32 masters are cut
-            up. False keeps fp32 parameters under autocast, with the numbers of ddp. Stage 0 has always fp32 parameters.
+        weights_in_16_bits: under bf16-mixed and fp16-mixed the model computes with 16-bit parameters, beside cut-up fp32 masters.
+            False keeps fp32 parameters under autocast, with the numbers of ddp. None: 16 bits, unless the model has BatchNorm, or
+            the device no fp16. Stage 0 has always fp32 parameters.
         moe_leaf_modules: classes (or names) of modules that stage 3 gathers as a whole: experts that not every rank uses.
         shared_memory: on CPU, let DeepSpeed compile its own shared-memory collectives. Minutes at the first use.
         activation_checkpointing, compile: as in every strategy; see activation.py and compile.py.
@@ -74,8 +75,7 @@ class DeepSpeedStrategy(DeepSpeedOptions):
                 instead = f"it keeps fp32 masters, so what it has is {self.precision.name.replace('true', 'mixed')}"
             raise ConfigError(f"strategy='deepspeed' cannot train in precision {self.precision.name!r}: {instead}.")
         super().start(world)
-        if self.precision.name == "fp16-mixed" and self._weights_in() == "fp16":
-            self._check_fp16(world)
+        self._choose_weights()
         if self.inference and self.stage in (1, 2):
             raise ConfigError(
                 f"DeepSpeedStrategy(inference=True, stage={self.stage}): stages 1 and 2 cut up gradients and optimizer state, "
@@ -89,13 +89,6 @@ class DeepSpeedStrategy(DeepSpeedOptions):
             self.precision.agree = self._agree  # pyright: ignore[reportAttributeAccessIssue]
         if "activation_checkpointing" in self.config:
             deepspeed_engine.configure_activation_checkpointing(world.device, self._filled(1, 1))
-
-    def _check_fp16(self, world: World) -> None:
-        if not deepspeed_engine.has_fp16(world.device):
-            raise ConfigError(
-                f"DeepSpeed has no fp16 on {world.device.type}. Say precision='bf16-mixed', or keep fp32 parameters under "
-                "autocast: DeepSpeedStrategy(weights_in_16_bits=False)."
-            )
 
     def check_world(self, world: World) -> None:
         """Any number of processes will do, if there is a process group."""
@@ -124,8 +117,7 @@ class DeepSpeedStrategy(DeepSpeedOptions):
         """Under stage 3, the context in which a model is cut up while it is built: deepspeed.zero.Init. Collective."""
         if self.stage != 3:
             return super().init_context()
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._weights_in() or "", torch.float32)
-        return deepspeed_engine.zero_init(self.world, self._filled(500_000_000, 1), dtype)
+        return deepspeed_engine.zero_init(self.world, self._filled(500_000_000, 1))
 
     def gathered(self, parameters: Iterable[nn.Parameter], *, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
         """A context in which these parameters are whole (deepspeed.zero.GatheredParameters); what `modifier_rank` writes is kept.
@@ -176,8 +168,8 @@ class DeepSpeedStrategy(DeepSpeedOptions):
             return
         from .replica import broadcast_
 
-        if self._weights_in() is not None:
-            held.model.to(dtype=torch.bfloat16 if self._weights_in() == "bf16" else torch.float16)
+        if (weights := self._weights_in(held.model)) is not None:
+            held.model.to(dtype=torch.bfloat16 if weights == "bf16" else torch.float16)
         if self.world.size > 1 and (group := self.world.group()) is not None:
             broadcast_(held.model, group)
 
@@ -225,7 +217,7 @@ class DeepSpeedStrategy(DeepSpeedOptions):
             )
         sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters()]
         options: dict[str, Any] = {}
-        config = self._filled(sum(sizes), max(sizes, default=1), front)
+        config = self._filled(sum(sizes), max(sizes, default=1), front, model)
         if front is None or not dummy:
             config.pop("optimizer", None)
         if dummy:
@@ -429,16 +421,15 @@ class DeepSpeedStrategy(DeepSpeedOptions):
         """Return what is cut up, what is offloaded, and the bytes on this rank."""
         cut = {0: "nothing", 1: "optimizer state", 2: "optimizer state, gradients", 3: "optimizer state, gradients, parameters"}
         rows = [*super().explain(), ("ZeRO stage", f"{self.stage}   in pieces: {cut[self.stage]}")]
-        weights = self._weights_in()
-        if weights:
-            rows.append(
-                ("weights", f"{weights}, with fp32 masters   chosen: precision {self.precision.name if self.precision else ''}")
-            )
         for key in ("offload_optimizer", "offload_param"):
             if section := self._section(key):
                 rows.append((key.replace("_", " "), f"{section['device']} {section.get('nvme_path', '')}".rstrip()))
         for held in self._held.values():
             prefix = f"{held.name}: " if len(self._held) > 1 else ""
+            if self.precision is not None and self.precision.autocast_dtype is not None:
+                weights, reason = self._choose_weights(held.model)
+                kept = f"{weights}, with fp32 masters" if weights and not self.inference else weights or "fp32, under autocast"
+                rows.append((f"{prefix}weights", f"{kept}   {reason}"))
             rows.extend((prefix + what, how) for what, how in held.explain())
         return rows
 

@@ -161,11 +161,12 @@ def has_fp16(device: torch.device) -> bool:
     return bool(accelerator.is_fp16_supported())
 
 
-def zero_init(world: World, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+def zero_init(world: World, config: Mapping[str, Any]) -> Any:
     """Return the context in which parameters are cut up as soon as their module is made."""
     deepspeed = library(world.device)
     with _told(world):
-        return deepspeed.zero.Init(config_dict_or_path=dict(config), dtype=dtype)
+        # Without dtype=, which 0.19 reads as bfloat16 whatever it is, where there is no fp16: the configuration says it right.
+        return deepspeed.zero.Init(config_dict_or_path=dict(config))
 
 
 def release(engine: Any, model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,6 @@ def state_tensors(
     tensors: dict[str, Any] = {}
     for name, model in models.items():
         parts = held[id(model)].parts if id(model) in held else None
-        value: Any
         for key, value in _named(model).items():
             full = f"model/{name}/{key}"
             if not isinstance(value, nn.Parameter):
@@ -51,7 +50,7 @@ def state_tensors(
                     tensors[full] = found
             elif hasattr(value, "ds_tensor"):
                 offset, numel = _frozen(value)
-                if found := shards(value.ds_tensor.view(-1)[:numel], offset, full_shape(value)):
+                if found := shards(cast(Any, value).ds_tensor.view(-1)[:numel], offset, full_shape(value)):
                     tensors[full] = found
             else:
                 tensors[full] = value.detach()

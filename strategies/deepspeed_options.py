@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
-from . import deepspeed_config
+from . import deepspeed_config, deepspeed_engine
 from .base import Strategy
 from .errors import ConfigError
 
@@ -38,7 +39,7 @@ class DeepSpeedOptions(Strategy):
         offload_parameters: str | Mapping[str, Any] | None = None,
         nvme_path: str | Path | None = None,
         pin_memory: bool | None = None,
-        weights_in_16_bits: bool = True,
+        weights_in_16_bits: bool | None = None,
         moe_leaf_modules: str | Sequence[Any] = (),
         shared_memory: bool = False,
         activation_checkpointing: Any = None,
@@ -144,25 +145,50 @@ class DeepSpeedOptions(Strategy):
         """
         self.run |= {k: v for k, v in settings.items() if v is not None}
 
-    def _weights_in(self) -> str | None:
-        """Return "bf16" or "fp16" where the model computes with such parameters."""
-        assert self.precision is not None
-        if self.precision.autocast_dtype is None or not self.weights_in_16_bits or (self.stage == 0 and not self.inference):
-            return None
-        return "bf16" if self.precision.autocast_dtype == torch.bfloat16 else "fp16"
+    def _choose_weights(self, model: nn.Module | None = None) -> tuple[str | None, str]:
+        """Return ("bf16", "fp16", or None where the model computes with fp32 parameters; the reason).
 
-    def _filled(self, numel: int, largest: int, front: Optimizer | None = None) -> dict[str, Any]:
+        Raises:
+            ConfigError: 16 bits were asked for and cannot be.
+        """
+        assert self.precision is not None
+        dtype = self.precision.autocast_dtype
+        if dtype is None or self.weights_in_16_bits is False or (self.stage == 0 and not self.inference):
+            return None, "asked for" if self.weights_in_16_bits is False else f"chosen: precision {self.precision.name}"
+        short = "bf16" if dtype == torch.bfloat16 else "fp16"
+        why_not = ""
+        if short == "fp16" and not deepspeed_engine.has_fp16(self.device):
+            why_not = f"DeepSpeed has no fp16 on {self.device.type}"
+        elif model is not None and (norms := [k for k, m in model.named_modules() if _has_statistics(m)]):
+            why_not = f"{norms[0]} keeps fp32 statistics, which torch does not mix with {short} weights"
+        if not why_not:
+            return short, f"chosen: precision {self.precision.name}"
+        if self.weights_in_16_bits:
+            raise ConfigError(f"weights_in_16_bits=True: {why_not}. Leave it out, and the weights stay fp32 under autocast.")
+        return None, f"chosen: {why_not}"
+
+    def _weights_in(self, model: nn.Module | None = None) -> str | None:
+        return self._choose_weights(model)[0]
+
+    def _filled(self, numel: int, largest: int, front: Optimizer | None = None, model: nn.Module | None = None) -> dict[str, Any]:
         zero = dict(self.zero)
         for key in ("offload_optimizer", "offload_param"):
             if section := self._section(key):
                 pin = self.pin_memory if self.pin_memory is not None else self.device.type != "cpu"
                 zero[key] = {"pin_memory": pin} | section
+                if self.device.type == "cpu":  # whose memory is nothing to pin; DeepSpeed would compile an extension for it
+                    zero[key]["pin_memory"] = False
         return deepspeed_config.fill(
             self.config,
             stage=self.stage,
             zero=zero,
-            weights_in=self._weights_in(),
+            weights_in=self._weights_in(model),
             numel=numel,
             largest=largest,
             optimizer=front.defaults if front is not None else None,
         )
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    """Whether it is a norm with running statistics, such as BatchNorm: buffers, which DeepSpeed leaves in fp32."""
+    return isinstance(getattr(module, "running_mean", None), torch.Tensor)

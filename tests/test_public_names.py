@@ -21,6 +21,8 @@ PUBLIC = [
     "ContextParallel",
     "DDPStrategy",
     "DataLoaderConfiguration",
+    "DeepSpeedPlugin",
+    "DeepSpeedStrategy",
     "DistributedDataParallelKwargs",
     "EarlyStopping",
     "ExpertParallel",

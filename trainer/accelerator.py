@@ -38,6 +38,7 @@ from ..strategies.world import World
 from . import config as configuration
 from .accumulation import Window
 from .data.config import DataLoaderConfiguration
+from .deepspeed_plugins import HasPlugins, read_plugins
 from .gathering import Gathering
 from .launch.report import install_excepthook
 from .optimizers import PreparedOptimizer, PreparedScheduler, check_strays, owners
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 __all__ = ["Accelerator"]
 
 
-class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers, Pipelines):
+class Accelerator(HasPlugins, Stepping, ProcessControl, Gathering, Saving, Trackers, Pipelines):
     """Prepares models, optimizers, schedulers and loaders for the machine at hand, and does what a step needs beside your code.
 
     Args:
@@ -108,6 +109,15 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers, Pipelin
             handled = apply(kwargs_handlers, strategy, precision)
             strategy, precision = handled.strategy, handled.precision
         chosen = None if precision is None else make_precision(precision)
+        if strategy == "auto" and not models and plan is None:
+            self.plugins = read_plugins(given.get("deepspeed_plugins"))
+        elif given.get("deepspeed_plugins") is not None:
+            raise ConfigError("deepspeed_plugins make the strategies: leave strategy=, models= and plan= out.")
+        if self.plugins is not None:
+            self._main_plugin = self.plugins.active
+            strategy = self._main_plugin.strategy()
+            if gradient_accumulation_steps == 1:  # not said here
+                gradient_accumulation_steps = self._main_plugin.gradient_accumulation_steps or 1
         if world is None:
             options = {} if handled is None else handled.world_options()
             world = World.start(device, need_group=configuration.needs_group(strategy, models, plan), **options)
@@ -161,6 +171,10 @@ class Accelerator(Stepping, ProcessControl, Gathering, Saving, Trackers, Pipelin
         models = [o for o in objects if isinstance(o, nn.Module)]
         optimizers = [o for o in objects if isinstance(o, Optimizer)]
         configuration.tell_batch_size(self, *objects)
+        if self.plugins is not None:
+            steps = self.window.wanted
+            names = self._new_names(len(models))
+            self._give_to_plugin(names, trained=bool(optimizers), precision=self.precision, gradient_accumulation_steps=steps)
         names = self._new_names(len(models))
         prepared_models, prepared_optimizers = self.prepare_models(dict(zip(names, models, strict=True)), optimizers)
         done: dict[int, Any] = {id(m): prepared_models[n] for n, m in zip(names, models, strict=True)}

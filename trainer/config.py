@@ -20,6 +20,8 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     "Accelerator": {
         "mixed_precision": "precision",
         "cpu": "device",
+        "deepspeed_plugin": "deepspeed_plugins",
+        "deepspeed_plugins": "deepspeed_plugins",
         "project_config": "project_dir",
         "logging_dir": "project_dir",
         "dynamo_backend": "compile",

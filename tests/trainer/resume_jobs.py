@@ -288,7 +288,9 @@ def train(
     trainer.fit(module, *loaders(job), resume=resume)
     progress = asdict(trainer.progress)
     del progress["seconds"]
-    weights = {name: whole(value.detach()).clone() for name, value in module.state_dict().items()}
+    cut_up = any(hasattr(p, "ds_id") for p in module.parameters())  # by ZeRO's stage 3, whose parameters are no DTensors
+    state = trainer.accelerator.get_state_dict(module) if cut_up else module.state_dict()
+    weights = {name: whole(value.detach()).clone() for name, value in state.items()}
     return Result(recorder.losses, recorder.events, recorder.logged, weights, recorder.average.mean, progress, str(trainer.root))
 
 

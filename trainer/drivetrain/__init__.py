@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from drivetrain.strategies.compile import Compile
     from drivetrain.strategies.context_parallel import ContextParallel
     from drivetrain.strategies.ddp import DDPStrategy
+    from drivetrain.strategies.deepspeed import DeepSpeedStrategy
     from drivetrain.strategies.expert_parallel import ExpertParallel
     from drivetrain.strategies.experts import Experts, MoE, balance_loss
     from drivetrain.strategies.fsdp import FSDPStrategy, HSDPStrategy
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from drivetrain.strategies.shared_sequence import context_parallel_attention, sequence_positions
     from drivetrain.trainer.accelerator import Accelerator
     from drivetrain.trainer.data.config import DataLoaderConfiguration
+    from drivetrain.trainer.deepspeed_plugins import DeepSpeedPlugin
     from drivetrain.trainer.kwargs_handlers import (
         AORecipeKwargs,
         AutocastKwargs,
@@ -67,6 +69,8 @@ _HOMES = {
     "ContextParallel": "drivetrain.strategies.context_parallel",
     "DDPStrategy": "drivetrain.strategies.ddp",
     "DataLoaderConfiguration": "drivetrain.trainer.data.config",
+    "DeepSpeedPlugin": "drivetrain.trainer.deepspeed_plugins",
+    "DeepSpeedStrategy": "drivetrain.strategies.deepspeed",
     "DistributedDataParallelKwargs": "drivetrain.trainer.kwargs_handlers",
     "EarlyStopping": "drivetrain.callbacks.early_stopping",
     "ExpertParallel": "drivetrain.strategies.expert_parallel",
@@ -128,6 +132,8 @@ __all__ = [
     "ContextParallel",
     "DDPStrategy",
     "DataLoaderConfiguration",
+    "DeepSpeedPlugin",
+    "DeepSpeedStrategy",
     "DistributedDataParallelKwargs",
     "EarlyStopping",
     "ExpertParallel",
