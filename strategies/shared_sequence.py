@@ -40,7 +40,7 @@ def sequence_positions(length: int, device: torch.device | str | None = None) ->
     For models that count positions themselves (RoPE, learned positions). Under context parallel a rank's tokens are not the
     first ones; otherwise this is torch.arange(length).
     """
-    if has_torch_function(()):
+    if has_torch_function((None,)):  # of anything: a mode is asked whatever the arguments are
         return handle_torch_function(sequence_positions, (), length, device)
     if (shared := _in_backward()) is not None:
         return shared.positions(length, device)
@@ -62,7 +62,7 @@ def context_parallel_attention(
     For models that call a kernel of their own in the place of F.scaled_dot_product_attention, which is found by itself.
     Tensors are (..., heads, tokens, features); see sequence_attention.py about masks. Without context parallel it is torch's.
     """
-    if has_torch_function(()):
+    if has_torch_function((query, key, value)):
         given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return handle_torch_function(context_parallel_attention, (), *given)
     if (shared := _in_backward()) is not None:
