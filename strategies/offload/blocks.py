@@ -166,7 +166,7 @@ class StreamedModule:
                 return tensor
             if tensor.is_conj() or tensor.is_neg():
                 return tensor.clone()
-            return _Kept(self, tensor.dtype, tensor.storage_offset(), tuple(tensor.size()), tensor.stride())
+            return _Kept(self, tensor.dtype, int(tensor.storage_offset()), tuple(tensor.size()), tensor.stride())
 
         return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
 

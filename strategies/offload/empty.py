@@ -28,9 +28,10 @@ def _register_parameter(module: nn.Module, name: str, param: nn.Parameter | None
     _register(module, name, param)
     device: torch.device | None = getattr(_here, "device", None)
     if param is not None and device is not None and param.device != device:
-        options = {k: v for k, v in param.__dict__.items() if k != "_is_param"}
+        marks = {k: v for k, v in param.__dict__.items() if k != "_is_param"}
         moved = nn.Parameter(param.detach().to(device), requires_grad=param.requires_grad)
-        moved.__dict__.update(options)
+        for key, value in marks.items():
+            setattr(moved, key, value)
         module._parameters[name] = moved
 
 

@@ -127,6 +127,7 @@ def place(model: Any, method: str, folder: Path, limit: str) -> Any:
     """Load the model as `method` says; return drivetrain's handle on the weights, if it is its."""
     if method.startswith("accelerate"):
         import accelerate
+        import torch
 
         if method == "accelerate-disk":
             where = tempfile.mkdtemp(dir=folder)
@@ -135,7 +136,7 @@ def place(model: Any, method: str, folder: Path, limit: str) -> Any:
             accelerate.load_checkpoint_and_dispatch(model, str(folder), {**places, "model.layers": "disk"}, offload_folder=where)
         else:
             accelerate.load_checkpoint_in_model(model, str(folder), {"": "cpu"})
-            accelerate.cpu_offload(model, execution_device="cpu")
+            accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
         return None
     from drivetrain.strategies.offload.dispatch import load_checkpoint_and_dispatch
     from drivetrain.strategies.offload.handle import weights_of
@@ -181,7 +182,7 @@ def times(model: Any, weights: Any, prompt: Any) -> dict[str, Any]:
     stream = weights.stream
     filling = stream._fill
     whole, reading, computing = [], [], []
-    before = (stream.stats.missed, stream.stats.reads)
+    before = after = (stream.stats.missed, stream.stats.reads)
     for _ in range(ROUNDS):
         whole.append(token())
         after = (stream.stats.missed, stream.stats.reads)
