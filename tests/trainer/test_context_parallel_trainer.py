@@ -54,14 +54,14 @@ class Learner(TrainingModule):
         if kind == "table":
             self.register_buffer("table", torch.arange(TOKENS))
 
+    def logits(self, x: Tensor) -> Tensor:
+        if self.kind == "table":  # positions of its own, which nobody can find
+            return self.net(x, self.table[: x.shape[1]])
+        return self.net(x, sequence_positions(x.shape[1], x.device)) if self.kind == "named" else self.net(x)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
         x, y = batch["x"], batch["y"]
-        if self.kind == "table":  # positions of its own, which nobody can find
-            logits = self.net(x, self.table[: x.shape[1]])
-        elif self.kind == "named":
-            logits = self.net(x, sequence_positions(x.shape[1], x.device))
-        else:
-            logits = self.net(x)
+        logits = self.logits(x)
         if self.kind == "shifts":
             logits, y = logits[:, :-1], y[:, 1:]
         logits, y = logits.flatten(0, 1), y.flatten()
@@ -72,11 +72,11 @@ class Learner(TrainingModule):
         return {"loss": F.cross_entropy(logits, y, ignore_index=-1, reduction="sum"), "num_items": (y != -1).sum()}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        logits = self.net(batch["x"]).flatten(0, 1)
+        logits = self.logits(batch["x"]).flatten(0, 1)
         self.log("val_loss", F.cross_entropy(logits, batch["y"].flatten(), ignore_index=-1, reduction="sum"), reduce="sum")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.net(batch["x"])
+        return self.logits(batch["x"])
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=0.01)
