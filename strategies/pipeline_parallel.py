@@ -200,7 +200,7 @@ class PipelinedModel:
         Args:
             loss_of: (output, chunk) -> the loss, weighted as it shall be, whose gradient is taken; called where the last stage
                 is, once for each chunk. Without `backward` what it returns is kept instead.
-            backward: run the schedule with its backward passes; otherwise forward passes only, in whatever mode torch is.
+            backward: run the schedule with its backward passes; otherwise forward passes only, without gradients.
         Returns: what `loss_of` returned (without one: the output) for each chunk, where the last stage is; else nothing.
         """
         running = self._running
@@ -213,7 +213,8 @@ class PipelinedModel:
             stage.begin(keys, backward=backward, sync=all(s.syncing for s in running.sharded))
         results: list[Any] = []
         try:
-            with _Steps(running.sharded), running.inside() if running.inside is not None else _NO_CONTEXT:
+            without = _NO_CONTEXT if backward else torch.no_grad()
+            with without, _Steps(running.sharded), running.inside() if running.inside is not None else _NO_CONTEXT:
                 if backward:
                     assert running.schedule is not None
                     assert loss_of is not None

@@ -41,6 +41,7 @@ PUBLIC = [
     "OffloadStrategy",
     "ParallelPlan",
     "ParallelStrategy",
+    "Pipeline",
     "Precision",
     "Preemption",
     "ProfileKwargs",

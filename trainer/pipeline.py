@@ -46,8 +46,7 @@ class PipelinedInference(nn.Module):
                 f"A pipeline's first stage takes its input by position, got {', '.join(kwargs)} by name. Call model(x)."
             )
         pipe = self._pipe
-        with torch.no_grad():
-            found = pipe.run(args, _samples, backward=False)
+        found = pipe.run(args, _samples, backward=False)
         joined = _joined([output for output in found if output is not None]) if found else None
         return pipe.share_tree(joined) if self._gather else joined
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from drivetrain.strategies.offload.tiers import cpu_offload, cpu_offload_with_hook, disk_offload
     from drivetrain.strategies.parallel import ParallelStrategy
     from drivetrain.strategies.placement import get_balanced_memory, infer_auto_device_map, infer_device_map
+    from drivetrain.strategies.pipeline_options import Pipeline
     from drivetrain.strategies.precision.base import Precision
     from drivetrain.strategies.shared_sequence import context_parallel_attention, sequence_positions
     from drivetrain.trainer.accelerator import Accelerator
@@ -89,6 +90,7 @@ _HOMES = {
     "OffloadStrategy": "drivetrain.strategies.offload.strategy",
     "ParallelPlan": "drivetrain.strategies.mesh",
     "ParallelStrategy": "drivetrain.strategies.parallel",
+    "Pipeline": "drivetrain.strategies.pipeline_options",
     "Precision": "drivetrain.strategies.precision.base",
     "Preemption": "drivetrain.callbacks.preemption",
     "ProfileKwargs": "drivetrain.trainer.kwargs_handlers",
@@ -152,6 +154,7 @@ __all__ = [
     "OffloadStrategy",
     "ParallelPlan",
     "ParallelStrategy",
+    "Pipeline",
     "Precision",
     "Preemption",
     "ProfileKwargs",
