@@ -19,6 +19,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,6 +102,7 @@ def join(world: World, *, shared_memory: bool) -> None:
     """
     deepspeed = library(world.device)
     import deepspeed.comm as ds_comm
+    from deepspeed.runtime.zero import utils as zero_utils
     from deepspeed.utils import groups
 
     group = dist.group.WORLD
@@ -121,6 +123,9 @@ def join(world: World, *, shared_memory: bool) -> None:
     if ds_comm.comm.cdb is None:
         with _told(world), listening_on_loopback(world.one_node):
             ds_comm.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+        # This module reads LOCAL_RANK, and nothing else of the environment, in the middle of a forward pass of stage 3. Left set,
+        # the variable would make every later World of this process look for a launcher.
+        zero_utils.os = SimpleNamespace(environ={"LOCAL_RANK": str(world.local_rank)})  # pyright: ignore[reportAttributeAccessIssue]
         # DeepSpeed 0.19 calls both by names that torch 2.13 has deprecated, with a warning each time.
         for ours, theirs in (("all_gather_function", "all_gather_single"), ("reduce_scatter_function", "reduce_scatter_single")):
             if hasattr(dist, theirs):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from drivetrain.strategies.base import make_strategy
 from drivetrain.strategies.contract import CASES, MIXED, Case, check_strategy
-from drivetrain.strategies.deepspeed_engine import library
+from drivetrain.strategies.deepspeed_engine import check_locks, library
+from drivetrain.strategies.errors import ConfigError
 from drivetrain.strategies.world import World
 
 SINGLE = {c.name.removeprefix("fp32 "): c for c in CASES if c.dtype == torch.float32}
@@ -73,3 +76,28 @@ def test_offload_and_other_options_give_the_same_numbers(stage: int, options: di
     cases = [replace(kind[name], steps=6) for kind in (SINGLE, BF16) for name in names]
     for found in ranks(size, outcomes, f"deepspeed:{stage}", options, cases, timeout=240):
         assert [(n, o, d) for n, o, d in found if o != "pass"] == []
+
+
+def without_a_launcher(case: Case) -> list[tuple[str, str, str]]:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    found = outcomes("deepspeed:3", {"stage3_param_persistence_threshold": 0}, [case])
+    assert "LOCAL_RANK" not in os.environ
+    return found
+
+
+def test_it_needs_none_of_torchruns_variables(ranks: Any) -> None:
+    """DeepSpeed would look for MPI, assert LOCAL_RANK, and read it again in the first forward passes of stage 3."""
+    ((found,),) = ranks(1, without_a_launcher, replace(SINGLE["sgd"], steps=4))
+    assert found[1] == "pass", found
+
+
+def test_a_lock_that_a_killed_build_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    check_locks()  # a build may be under way
+    os.utime(lock, (0, 0))
+    with pytest.raises(ConfigError, match=f"Remove it: rm {lock}"):
+        check_locks()
