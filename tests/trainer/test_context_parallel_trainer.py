@@ -109,9 +109,8 @@ def trained(
     world = World.start("cpu", need_group=True)
     strategy = strategy() if callable(strategy) else strategy
     module = Learner(kind)
-    trainer = Trainer(
-        **QUIET, root=root, strategy=strategy, log_every_n_steps=1, gradient_clip_val=0.5, **({"max_epochs": 1} | options)
-    )
+    settings: dict[str, Any] = {**QUIET, "log_every_n_steps": 1, "gradient_clip_val": 0.5, "max_epochs": 1, **options}
+    trainer = Trainer(root=root, strategy=strategy, **settings)
     try:
         trainer.fit(module, loader(batch_size, **(data or {})), loader(batch_size, **(data or {})))
         logged = [x["metrics"] for x in read_metrics(trainer.root)]
@@ -232,11 +231,12 @@ def test_what_would_train_on_other_numbers_is_refused(
 def resumed(root: Path, strategy: str, kind: str, batch_size: int) -> tuple[list[float], list[float]]:
     """The losses of four steps; and of the last two, after a save at the second."""
     world = World.start("cpu", need_group=True)
-    found = []
+    found: list[list[float]] = []
+    quiet: dict[str, Any] = {**QUIET, "enable_checkpointing": True}
     try:
         for max_steps, resume, name in ((4, None, "a"), (2, None, "b"), (4, "auto", "b")):
             trainer = Trainer(
-                **(QUIET | {"enable_checkpointing": True}), callbacks=Checkpoint(every_n_train_steps=2),
+                **quiet, callbacks=Checkpoint(every_n_train_steps=2),
                 root=root, name=name, strategy=strategy, log_every_n_steps=1, max_steps=max_steps, resume=resume,
             )  # fmt: skip
             trainer.fit(Learner(kind), loader(batch_size))
