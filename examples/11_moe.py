@@ -63,7 +63,7 @@ class Model(TrainingModule):
                 loss = loss + 0.01 * balance_loss(layer.probabilities, layer.counts)
         return loss
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After a step: experts that were sent more than their share become a little less attractive, on all ranks alike."""
         if self.balance == "bias":
             for layer in self.layers:

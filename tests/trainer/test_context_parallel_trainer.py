@@ -45,6 +45,8 @@ class Texts(Dataset[dict[str, Tensor]]):
 class Learner(TrainingModule):
     """`kind` says what of a language model's step context parallel has to deal with."""
 
+    table: Tensor
+
     def __init__(self, kind: str = "sum") -> None:
         super().__init__()
         build: dict[str, Any] = {"gpt": GPT, "moe": lambda: MoELlama(layers=2)}
