@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from drivetrain.strategies.offload.strategy import OffloadStrategy
     from drivetrain.strategies.offload.tiers import cpu_offload, cpu_offload_with_hook, disk_offload
     from drivetrain.strategies.parallel import ParallelStrategy
-    from drivetrain.strategies.placement import get_balanced_memory, infer_auto_device_map, infer_device_map
     from drivetrain.strategies.pipeline_options import Pipeline
+    from drivetrain.strategies.placement import get_balanced_memory, infer_auto_device_map, infer_device_map
     from drivetrain.strategies.precision.base import Precision
     from drivetrain.strategies.shared_sequence import context_parallel_attention, sequence_positions
     from drivetrain.trainer.accelerator import Accelerator
