@@ -33,7 +33,7 @@ from .errors import ConfigError
 from .fsdp_options import read_peers
 from .mesh import Mesh, ParallelPlan, mesh_of
 from .registry import parse_degree
-from .sharded import Shape, Sharded, check_model, persistent_buffers
+from .sharded import CUT_UP, Shape, Sharded, check_model, persistent_buffers
 from .units import Units, choose_units
 
 if TYPE_CHECKING:
@@ -124,6 +124,9 @@ class FSDPStrategy(Strategy):
         self.reduces_gradients = not inference
         self._check_options()
         self._mesh: Mesh | None = None
+        self._everyone: tuple[torch.device, dist.ProcessGroup | None] = torch.device("cpu"), None
+        self._any_whole = False  # whether a model holds parameters whole
+        self._all_sync = True  # whether all models reduce gradients; asked at every step
         self._sharded: dict[int, Sharded] = {}  # by id of the user's module
         # Parameters that the sharded ones took the place of: id -> (old, new). The old ones are kept, without memory, so that no
         # other object gets their id, and an optimizer that was built before can be given the new ones.
@@ -156,6 +159,7 @@ class FSDPStrategy(Strategy):
         plan, self.plan_reason = self.choose_plan(world)
         self.plan = plan.resolve(world.size)
         self._mesh = mesh_of(world, self.plan)
+        self._everyone = world.device, world.group() if world.size > 1 else None
         if self.plan.dp_shard == 1 and self.plan.dp_replicate > 1 and "tp" not in self.axes:
             raise ConfigError(
                 f"{self.name} with {self.plan} shards nothing: each process would hold the whole model. Use strategy='ddp', or "
@@ -254,6 +258,7 @@ class FSDPStrategy(Strategy):
 
     def cut_up(self, sharded: Sharded, units: Mapping[int, str], *, shape: Shape | None = None) -> None:
         """Cut a model up into `units`, id(module) -> name, and remember which parameters took the places of which."""
+        self._any_whole |= bool(sharded.whole)
         replaced = sharded.cut_up(
             units,
             policy=self._policy,
@@ -339,20 +344,32 @@ class FSDPStrategy(Strategy):
     # -- one micro-batch ----------------------------------------------------------------------------------------------
     def set_gradient_sync(self, models: Iterable[nn.Module], enabled: bool) -> None:
         """Say whether the backward pass to come reduces gradients; else each rank keeps whole ones of its own."""
-        if self.sync_each_batch:
+        if self.sync_each_batch or (enabled and self._all_sync):
             return
+        self._all_sync = False
         for sharded in [self._sharded[id(m)] for m in models if id(m) in self._sharded] or list(self._sharded.values()):
             sharded.set_sync(enabled)
+        if enabled:
+            self._all_sync = all(sharded.syncing for sharded in self._sharded.values())
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Run the backward pass of `loss`; on return each rank has its piece of the mean gradient, unless sync is off."""
         try:
             loss.backward(**kwargs)
         except Exception:
-            for sharded in self._sharded.values():
-                if not sharded.depth:
-                    sharded.root.reset_iter_state()
+            self.break_backward()
             raise
+        if self._any_whole:
+            self.end_backward()
+
+    def break_backward(self) -> None:
+        """Let the units forget a backward pass that failed."""
+        for sharded in self._sharded.values():
+            if not sharded.depth:
+                sharded.forget()
+
+    def end_backward(self) -> None:
+        """Average the gradients of what is held whole, which no hook of a unit's does."""
         for sharded in self._sharded.values():
             if sharded.whole and sharded.syncing and (group := self.mesh.group("loss")) is not None:
                 sharded.average_whole(group, self.mesh.size("loss"))
@@ -371,7 +388,11 @@ class FSDPStrategy(Strategy):
 
     def gradients_finite(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Return whether the gradients' pieces are finite on all ranks. Collective: one number."""
-        return dtensors.finite(gradients.gradients(parameters), self.device, self.world.group() if self.world.size > 1 else None)
+        try:  # no call for a gradient
+            pieces: Any = [p.grad._local_tensor for p in parameters if p.grad is not None]  # pyright: ignore[reportAttributeAccessIssue]
+        except AttributeError:  # some are held whole
+            pieces = [dtensors.local(p.grad) for p in parameters if p.grad is not None]
+        return dtensors.finite(pieces, *self._everyone)
 
     def scale_gradients(self, parameters: Sequence[nn.Parameter], factor: Tensor | float) -> None:
         gradients.scale_(dtensors.locals_of(parameters), factor)
@@ -387,7 +408,10 @@ class FSDPStrategy(Strategy):
         """Step `optimizer`; what a forward without a backward pass left gathered is stale then, and freed."""
         stepped = super().step(optimizer)
         for sharded in self._sharded.values():
-            sharded.renew()
+            for group in sharded.root_groups:  # asked here, for it is asked at every step, and hardly ever so
+                if sharded.depth or group._sharded_state is not CUT_UP:
+                    sharded.renew()
+                    break
         return stepped
 
     # -- state --------------------------------------------------------------------------------------------------------

@@ -50,16 +50,22 @@ def all_finite(grads: list[Tensor]) -> bool:
     """
     if not grads:
         return True
-    device = grads[0].device
-    for g in grads:
-        if g.device != device:
-            return math.isfinite(grad_norm(grads).item())
-    found, one = _flags(device)
-    torch._amp_foreach_non_finite_check_and_unscale_(grads, found, one)
+    found = nonfinite(grads, grads[0].device)
     if found.item():
         found.zero_()
         return False
     return True
+
+
+def nonfinite(grads: list[Tensor], device: torch.device) -> Tensor:
+    """Return a 0-d tensor on `device`: 1 if an element of `grads` is NaN or Inf, else 0. Who reads a 1 makes it 0 again."""
+    found, one = _flags(device)
+    for g in grads:
+        if g.device != device:
+            return found.fill_(not math.isfinite(grad_norm(grads).item()))
+    if grads:
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, found, one)
+    return found
 
 
 @functools.cache

@@ -70,6 +70,7 @@ class ParallelStrategy(PipelineStrategy):
         self.context_parallel = context_parallel
         self.expert_parallel = expert_parallel
         self.parts: list[Part] = []
+        self._runs_plain = False  # no part has anything to do around a backward pass, or after it
 
     @classmethod
     def from_words(cls, number: str | None, axes: Mapping[str, int]) -> dict[str, Any]:
@@ -138,6 +139,7 @@ class ParallelStrategy(PipelineStrategy):
         super().cut_up(sharded, {**units, **more}, shape=_Shape(name, model, self.parts) if self.parts else None)
         for part in self.parts:
             part.sharded(name, model)
+        self._runs_plain = False
         if self.parts:
             sharded.around = functools.partial(self._around, sharded)
 
@@ -169,14 +171,21 @@ class ParallelStrategy(PipelineStrategy):
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """As without further axes, in the contexts that the parts want: what is recomputed is a forward pass."""
-        with ExitStack() as stack:
-            for part in self.parts:
-                if (context := part.inside(None)) is not None:
+        if self._runs_plain:
+            return super().backward(loss, **kwargs)
+        contexts = [context for part in self.parts if (context := part.inside(None)) is not None]
+        if contexts:
+            with ExitStack() as stack:
+                for context in contexts:
                     stack.enter_context(context)
+                super().backward(loss, **kwargs)
+        else:
             super().backward(loss, **kwargs)
-        if all(sharded.syncing for sharded in self._sharded.values()):
+        if self._all_sync:
             for part in self.parts:
                 part.after_backward()
+            self._runs_plain = all(type(part).inside is Part.inside or part.inside(None) is None for part in self.parts)
+        return None
 
     def mesh_of(self, path: str, module: nn.Module) -> DeviceMesh:
         for part in self.parts:

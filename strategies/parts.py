@@ -16,7 +16,7 @@ Each part has a file: tensor_parallel.py, context_parallel.py, expert_parallel.p
                                  a step begins: the arguments as this rank is to see them
     inside(method)               a context in which a step runs, and (method None) a backward pass; or None
     finish(output)               what a step returned, made plain again
-    after_backward()             gradients are there, reduced
+    after_backward()             gradients are there, reduced; called once at least
     advice(error)                a sentence to be said beside an error of a step
     explain()                    rows for the table
 """
@@ -97,7 +97,7 @@ class Part:
         return output
 
     def after_backward(self) -> None:
-        """Called after each backward pass that reduced gradients."""
+        """Called after the first backward pass that reduced gradients; after each one, where the part has an `inside`."""
 
     def advice(self, error: Exception) -> str | None:
         """A sentence that may help with an `error` of a step."""

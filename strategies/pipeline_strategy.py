@@ -143,7 +143,7 @@ class PipelineStrategy(FSDPStrategy):
 
     # -- one micro-batch ----------------------------------------------------------------------------------------------
     def set_gradient_sync(self, models: Iterable[nn.Module], enabled: bool) -> None:
-        super().set_gradient_sync(self._stages(models), enabled)
+        super().set_gradient_sync(self._stages(models) if self._pipelines else models, enabled)
 
     def _average_held_whole(self, sharded: Sequence[Sharded]) -> None:
         """Average the gradients of what is not cut up, after a pipeline's backward passes."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import ConfigError
 from .units import repeated_blocks
@@ -22,7 +23,7 @@ from .units import repeated_blocks
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Blocks", "Gathered", "HeldWhole", "SequenceBlocks", "blocks_of", "own_output"]
+__all__ = ["Blocks", "Gathered", "HeldWhole", "SequenceBlocks", "blocks_of", "own_outputs"]
 
 _HIDDEN = ("hidden_states", "x", "hidden", "input", "inputs")
 """What the argument is called that goes through a block, where it is passed by name."""
@@ -203,13 +204,21 @@ class _Own(torch.autograd.Function):
         return grad_outputs[0]
 
 
-def own_output(module: nn.Module, args: Any, output: Any) -> Any:
-    """A forward hook for units: their output, or the tensors of a tuple of outputs, as tensors that are no views."""
-    if isinstance(output, tuple) and type(output) is tuple:
-        return tuple(own_output(module, args, part) for part in output)
-    if isinstance(output, Tensor) and not isinstance(output, DTensor) and output.requires_grad and output._is_view():
-        return _Own.apply(output)
-    return output
+def own_outputs(module: nn.Module) -> None:
+    """Let a unit return tensors that are no views. One whose first outputs are none is not looked at again."""
+
+    def own(part: Tensor) -> Tensor:
+        return _Own.apply(part) if part.requires_grad and part._is_view() and not isinstance(part, DTensor) else part
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return output
+        owned = tree_map_only(Tensor, own, output)  # in whatever transformers' models return
+        if all(a is b for a, b in zip(tree_leaves(owned), tree_leaves(output), strict=True)):
+            handle.remove()
+        return owned
+
+    handle = module.register_forward_hook(leave)
 
 
 def _piece(part: Tensor, mesh: DeviceMesh, placement: Shard) -> DTensor:

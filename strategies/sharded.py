@@ -29,9 +29,9 @@ from .replica import broadcast_buffers_
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_CUT_UP = ShardedState.SHARDED
+CUT_UP = ShardedState.SHARDED
 
-__all__ = ["Shape", "Sharded", "check_model", "persistent_buffers"]
+__all__ = ["CUT_UP", "Shape", "Sharded", "check_model", "persistent_buffers"]
 
 
 class Shape(Protocol):
@@ -75,7 +75,8 @@ class Sharded:
         self.depth = 0
         self.syncing = True
         self.warm = False
-        self._root_groups: list[Any] = []
+        self._trains = True
+        self.root_groups: list[Any] = []
         self.around: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None
         self.whole = self._held_whole(ignored)
 
@@ -166,12 +167,14 @@ class Sharded:
                     replaced.append((first[id(old)][1] if id(old) in first else old, new[key]))
                     if not isinstance(old, DTensor):
                         old.data = old.data.new_empty(0)
+            for old in own.values():  # or what was cut over tp alone would live on, whole units of it
+                first.pop(id(old), None)
             assert isinstance(module, FSDPModule)
             self.units.append("" if root else units[id(module)])
             self.modules.append(module)
 
         materialize.walk(model, visit, leave)
-        self._root_groups = self.root._get_fsdp_state()._fsdp_param_groups
+        self.root_groups = self.root._get_fsdp_state()._fsdp_param_groups
         for buffer in () if self.is_dry else model.buffers():
             buffer.data = buffer.data.to(self.device)
         if group is not None:
@@ -251,7 +254,8 @@ class Sharded:
                 self.root.reshard()
 
     def _before_forward(self, model: nn.Module, args: Any) -> None:
-        if not self.depth:
+        self._trains = torch.is_grad_enabled()
+        if not self.depth and (self.sends_buffers or not self._trains):
             self._begin_step()
 
     def _begin_step(self) -> None:
@@ -269,7 +273,7 @@ class Sharded:
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         # Without a backward pass nobody else would free the root's parameters, and what is written into them would be lost.
-        if not self.depth and not torch.is_grad_enabled():
+        if not self._trains and not self.depth:
             self.root.reshard()
 
     def send_buffers(self) -> None:
@@ -298,9 +302,7 @@ class Sharded:
 
     def renew(self) -> None:
         """Free the root's parameters; inside of a step, gather them again: the step may go on to use them."""
-        for group in self._root_groups:
-            if group._sharded_state is not _CUT_UP:  # asked here, for it is asked at every step, and hardly ever so
-                self.root.reshard()
+        self.root.reshard()
         if self.depth:
             self.root.unshard()
 

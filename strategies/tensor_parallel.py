@@ -41,7 +41,7 @@ from torch.distributed.tensor.parallel import (
 from . import dtensors
 from .errors import ConfigError, UnknownName, suggest
 from .parts import Part
-from .sequence_styles import Gathered, HeldWhole, SequenceBlocks, blocks_of, own_output
+from .sequence_styles import Gathered, HeldWhole, SequenceBlocks, blocks_of, own_outputs
 from .tensor_plans import Chosen, choose_styles, heads_of, match_styles
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ class TensorParallel(Part):
                     self._tied[id(parameter)] = (parameter, new)
 
     def unit(self, path: str, module: nn.Module) -> None:
-        module.register_forward_hook(own_output)  # before torch's, which takes no views
+        own_outputs(module)  # before torch's hook, which takes no views
 
     def sharded(self, name: str, model: nn.Module) -> None:
         if self.strategy.world.parameter_device.type != "meta":  # a dry run has no values to look at
@@ -315,6 +315,8 @@ class TensorParallel(Part):
         Raises:
             ConfigError: it has not; the parameters are named.
         """
+        if not self._unchecked:
+            return
         models, self._unchecked = self._unchecked, []
         for model in models:
             axes = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None and not _on_tp(p)]
