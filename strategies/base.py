@@ -31,6 +31,8 @@ from .precision.base import Precision
 from .registry import PRECISION_ALIASES, PRECISIONS, find, find_strategy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .compile import Compiled
     from .mesh import ParallelPlan
     from .pipeline_parallel import PipelinedModel
@@ -144,7 +146,7 @@ class Strategy:
         return self.data_shard[1]
 
     def take_run(self, **settings: Any) -> None:
-        """Be told what the run says: gradient_accumulation_steps, gradient_clipping, train_micro_batch_size_per_gpu. None is unsaid.
+        """Take what the run says: gradient_accumulation_steps, gradient_clipping, train_micro_batch_size_per_gpu. None is unsaid.
 
         A strategy that is configured beside the run (DeepSpeed's JSON) holds it against that.
         """
@@ -324,6 +326,16 @@ class Strategy:
     def place(self, own: Tensor, name: str, source: named_state.Source) -> Tensor:
         """Read what `own`, a tensor of a model or a parameter with optimizer state, is filled with: here the whole of `name`."""
         return source(name)
+
+    def load_weights(self, model: nn.Module, folder: Path, *, strict: bool = True) -> list[str]:
+        """Copy the bare weights in `folder` (checkpoint/weights.py) into the user's `model`; return what was skipped."""
+        from .checkpoint.weights import load_weights
+
+        return load_weights(model.state_dict(), folder, strict=strict)
+
+    def full_numel(self, parameter: Tensor) -> int:
+        """Return how many elements a parameter has, also where this process holds a piece of it."""
+        return parameter.numel()
 
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the whole state of the user's `model`, at least on rank 0, under its own names. All ranks call it."""

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import deepspeed_config, deepspeed_engine, deepspeed_io, gradients, materialize
+from . import deepspeed_config, deepspeed_engine, deepspeed_io, deepspeed_weights, gradients, materialize
 from .base import make_precision
 from .deepspeed_held import DummyOptim, Held, twin_of
 from .deepspeed_options import DeepSpeedOptions
@@ -120,12 +120,12 @@ class DeepSpeedStrategy(DeepSpeedOptions):
         return deepspeed_engine.zero_init(self.world, self._filled(500_000_000, 1))
 
     def gathered(self, parameters: Iterable[nn.Parameter], *, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
-        """A context in which these parameters are whole (deepspeed.zero.GatheredParameters); what `modifier_rank` writes is kept.
+        """A context in which these parameters are whole (deepspeed.zero.GatheredParameters). Collective.
 
-        Under other stages they always are. Under stage 3 a trained model's fp32 masters are not touched by what is written: write
-        before its optimizer is prepared.
+        What `modifier_rank` writes is kept, in every stage: all ranks have it after, and so have the fp32 masters of a trained
+        model. What is written without it is lost in stage 3.
         """
-        return deepspeed_engine.gathered(self.device)(list(parameters), modifier_rank=modifier_rank, enabled=self.stage == 3)
+        return deepspeed_weights.Gathered(self._held.values(), parameters, self.device, modifier_rank)
 
     def prepare_model(self, name: str, model: nn.Module) -> nn.Module:
         """Take `model`; it is cut up when its optimizer is prepared, or now where it is only evaluated. Returns it.
@@ -148,6 +148,7 @@ class DeepSpeedStrategy(DeepSpeedOptions):
             model.eval()
         model = self.shape_blocks(name, self.precision.convert(model))
         held = self._held[id(model)] = Held(name, model, self.stage)
+        deepspeed_weights.watch(held)
         if not held.born_cut_up:
             model.to(self.device)
         if self.moe_leaf_modules:
@@ -389,6 +390,15 @@ class DeepSpeedStrategy(DeepSpeedOptions):
 
     def place(self, own: Tensor, name: str, source: Source) -> Tensor:
         return source(name)
+
+    def load_weights(self, model: nn.Module, folder: Path, *, strict: bool = True) -> list[str]:
+        """Copy bare weights into `model`: the fp32 masters too. Collective."""
+        held = self._held.get(id(model))
+        return (
+            super().load_weights(model, folder, strict=strict)
+            if held is None
+            else deepspeed_weights.load_weights(held, model, folder, strict=strict)
+        )
 
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Return all tensors, whole, in host memory on rank 0; nothing on the others: trained ones in fp32. Collective."""

@@ -92,6 +92,8 @@ class Held:
         self.parts: Partitions | None = None
         self.pending = self.settled = False
         self.running = False  # whether a bound step is under way
+        self.reads_native = False  # whether DeepSpeed loads its own checkpoint just now
+        self.handles: list[Any] = []  # of the hooks that go when this does
         self._by_hooks = False  # whether ZeRO's hooks finish a backward pass by themselves
         self._waiting: Any = None
         self._view: Any = None
@@ -117,10 +119,23 @@ class Held:
             if isinstance(front, DummyOptim):
                 for mine, inner in zip(front.param_groups, self.parts.inner.param_groups, strict=False):
                     mine.update({k: v for k, v in inner.items() if k != "params" and k not in mine})
+            self.handles.append(front.register_load_state_dict_pre_hook(self._refuse_state))
+            self.handles.append(front.register_state_dict_pre_hook(self._refuse_state))
         # The loop clears gradients through the user's optimizer, and ZeRO's lie elsewhere.
         front.zero_grad = functools.partial(self._zero_grad, front.zero_grad)  # pyright: ignore[reportAttributeAccessIssue]
 
+    def _refuse_state(self, optimizer: Optimizer, *_: Any) -> None:
+        if optimizer is not self.front:  # the twin, which has these hooks too
+            return
+        raise ConfigError(
+            f"The optimizer of model {self.name!r} keeps its state in ZeRO's pieces, and {type(self.front).__name__}."
+            "state_dict() and load_state_dict() would see none of it. Save and load with save_state and load_state, or with the "
+            "Trainer's checkpoints."
+        )
+
     def release(self) -> None:
+        for handle in self.handles:
+            handle.remove()
         if self._waiting is not None:
             self._waiting.remove()
         if self.front is not None:

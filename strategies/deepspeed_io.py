@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from . import deepspeed_engine, named_state
 from .deepspeed_held import Held
-from .deepspeed_state import Receiver, Stand, Stretch, full_shape, read_stretch, receiver_of, shards
+from .deepspeed_state import Receiver, Stand, Stretch, full_shape, read_stretch, receiver_of, shards, stretch_of
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -25,13 +25,6 @@ __all__ = ["full_state_dict", "load_native", "load_state_tensors", "save_native"
 def _named(model: nn.Module) -> dict[str, Any]:
     """Every parameter and persistent buffer under its names; a tied parameter under all of them."""
     return {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-
-
-def _frozen(parameter: Any) -> tuple[int, int]:
-    """Return (offset, numel) of this rank's piece of a parameter that stage 3 cut up and nobody trains."""
-    size = parameter.ds_tensor.ds_numel
-    offset = min(size * dist.get_rank(group=parameter.ds_process_group), parameter.ds_numel)
-    return offset, min(size, parameter.ds_numel - offset)
 
 
 def state_tensors(
@@ -49,7 +42,7 @@ def state_tensors(
                 if found := parts.weight(value):
                     tensors[full] = found
             elif hasattr(value, "ds_tensor"):
-                offset, numel = _frozen(value)
+                offset, numel = stretch_of(value)
                 if found := shards(cast(Any, value).ds_tensor.view(-1)[:numel], offset, full_shape(value)):
                     tensors[full] = found
             else:
@@ -105,7 +98,7 @@ def load_state_tensors(
         if piece is not None:
             weights[name] = read_stretch(name, source, piece.offset, piece.numel, full_shape(value))
         elif hasattr(value, "ds_tensor"):
-            weights[name] = read_stretch(name, source, *_frozen(value), full_shape(value))
+            weights[name] = read_stretch(name, source, *stretch_of(value), full_shape(value))
         else:
             weights[name] = source(name)
         return stand
@@ -190,7 +183,7 @@ def _whole(held: Held, value: Any, world: World) -> Tensor:
         master = held.parts.masters[piece.group]
         stretch, offset = master[piece.start : piece.start + piece.numel].detach(), piece.offset
     elif hasattr(value, "ds_tensor"):
-        offset, numel = _frozen(value)
+        offset, numel = stretch_of(value)
         stretch = value.ds_tensor.view(-1)[:numel]
     else:
         return value.detach()

@@ -28,7 +28,7 @@ from . import named_state
 from .checkpoint.layout import Shard
 from .errors import ConfigError
 
-__all__ = ["Partitions", "Piece", "boxes", "full_shape", "read_stretch", "shards"]
+__all__ = ["Partitions", "Piece", "boxes", "full_shape", "read_stretch", "shards", "stretch_of"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,15 @@ class Piece:
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
     """Return the parameter's shape, also where stage 3 holds it in pieces."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def stretch_of(parameter: Any) -> tuple[int, int]:
+    """Return (offset, numel) of this rank's piece of a parameter that stage 3 holds in pieces."""
+    import torch.distributed as dist
+
+    size = parameter.ds_tensor.ds_numel
+    offset = min(size * dist.get_rank(group=parameter.ds_process_group), parameter.ds_numel)
+    return offset, min(size, parameter.ds_numel - offset)
 
 
 def boxes(start: int, stop: int, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -147,8 +147,10 @@ class Saving:
         Under a strategy that holds the model in pieces it is whole on the main process, in host memory, and empty on the others.
         """
         module: nn.Module = self.unwrap_model(model)  # pyright: ignore[reportAttributeAccessIssue]
-        name = next((n for n, m in self.models.items() if m is module), "")
-        return self.strategies.get(name, self.strategy).full_state_dict(module)
+        return self._strategy_of(module).full_state_dict(module)
+
+    def _strategy_of(self, module: nn.Module) -> Strategy:
+        return self.strategies.get(next((n for n, m in self.models.items() if m is module), ""), self.strategy)
 
     def save_model(self, model: nn.Module, save_directory: str | Path, max_shard_size: int | str = "5GB") -> Path:
         """Write the bare weights of a model as Hugging Face has them (checkpoint/weights.py); return the first file.
@@ -176,8 +178,7 @@ class Saving:
             CheckpointError: the weights of another model: what is missing, in excess or of another shape is listed, and nothing
                 was loaded. `strict=False` takes what fits.
         """
-        from ..strategies.checkpoint.weights import load_weights
-
-        skipped = load_weights(self.unwrap_model(model).state_dict(), Path(directory), strict=strict)  # pyright: ignore[reportAttributeAccessIssue]
+        module: nn.Module = self.unwrap_model(model)  # pyright: ignore[reportAttributeAccessIssue]
+        skipped = self._strategy_of(module).load_weights(module, Path(directory), strict=strict)
         self.world.barrier()
         return skipped

@@ -158,9 +158,13 @@ def weight_files(folder: Path) -> dict[str, Path]:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
 
 
-def load_weights(tensors: Mapping[str, Tensor], folder: Path, *, strict: bool = True) -> list[str]:
+def load_weights(
+    tensors: Mapping[str, Tensor], folder: Path, *, strict: bool = True, fill: Callable[[str, Tensor], None] | None = None
+) -> list[str]:
     """Copy the weights in `folder` into `tensors` (a module's state dict), one at a time; return the names that were skipped.
 
+    Args:
+        fill: takes (name, the whole tensor that was read), where `tensors` are stand-ins of the right shapes for what is filled.
     Raises:
         CheckpointError: names missing or in excess, other shapes; nothing was loaded then. With `strict=False` those are skipped.
             Or a file is damaged: what was read before it is loaded.
@@ -201,7 +205,10 @@ def load_weights(tensors: Mapping[str, Tensor], folder: Path, *, strict: bool = 
                 with safe_open(path, "pt") as file:
                     for name in names:
                         if name not in wrong:
-                            tensors[name].detach().copy_(file.get_tensor(name))
+                            if fill is None:
+                                tensors[name].detach().copy_(file.get_tensor(name))
+                            else:
+                                fill(name, file.get_tensor(name))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"The weights in {folder} cannot be read: {error}.") from None
     return [*missing, *excess, *sorted(wrong)]
