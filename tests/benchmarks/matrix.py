@@ -4,8 +4,8 @@
     python tests/benchmarks/matrix.py --steps 50 --only fsdp --json FILE
 
 A row is a strategy on some processes, which are forked here and talk over gloo, and a model of contract_models.py; a cell is
-a case of contract.py: the losses of all steps and all weights against the plain loop, and a run that was saved and loaded half-way
-against the straight one, bit for bit. What a strategy refuses stands below the table with its sentence. A blank is a case
+a case of contract.py: the losses of all steps and all weights against the plain loop, and a run that was saved and loaded
+half-way against the straight one, bit for bit. What a strategy refuses stands below the table with its sentence. A blank is a case
 that the model has not (a window of BatchNorm is not one big batch). The exit code is 1 if any cell fails.
 """
 
@@ -141,7 +141,7 @@ def main() -> None:
         print(f"{text}   ({len(names)} cells)" if names[6:] else f"{text}   ({', '.join(names)})")
     outcomes = [record["outcome"] for record in records]
     print(
-        f"{len(outcomes)} cells: {outcomes.count('pass')} pass, {outcomes.count('refused')} refused, {outcomes.count('fail')} fail"
+        f"{len(outcomes)} cells: " + ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in ("pass", "refused", "fail"))
     )
     if args.json:
         args.json.write_text(json.dumps(records, indent=1))
