@@ -296,7 +296,7 @@ def _pipelined(strategy: Strategy, model: Any, batch: Mapping[str, Tensor], weig
     kept: list[Tensor] = []
 
     def loss_of(logits: Tensor, chunk: Chunk) -> Tensor:
-        loss = model.loss(logits, chunk.batch, True) * (chunk.samples > 0)
+        loss = pipe.plain(model.loss(logits, chunk.batch, True)) * (chunk.samples > 0)
         kept.append(loss.detach())
         return loss * weight
 

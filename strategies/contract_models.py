@@ -139,12 +139,18 @@ class Llama(Learner):
         return self.output(self.norm(hidden))
 
     def pipeline_parts(self) -> list[Any]:
-        """The modules in order; a layer alone does not know its positions."""
+        """The modules in order. Positions go along: under sequence parallel a layer's input is a part of the sequence."""
         layers = [(f"layers.{i}", functools.partial(self._one_layer, i)) for i in range(len(self.layers))]
-        return ["tok_embeddings", *layers, "norm", "output"]
+        return [("tok_embeddings", self._begin), *layers, ("norm", self._finish), "output"]
 
-    def _one_layer(self, index: int, hidden: Tensor) -> Tensor:
-        return self.layers[index](hidden, torch.arange(hidden.shape[1], device=hidden.device))
+    def _begin(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.tok_embeddings(x), torch.arange(x.shape[1], device=x.device)
+
+    def _one_layer(self, index: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layers[index](hidden, positions), positions
+
+    def _finish(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        return self.norm(hidden)
 
 
 class MoELlama(Llama):

@@ -52,6 +52,7 @@ class _Running:
     schedule: Any = None
     inside: Callable[[], AbstractContextManager[Any]] | None = None
     after: Callable[[Sequence[Sharded]], None] | None = None
+    advice: Callable[[Exception], Sequence[str]] | None = None
     failed: bool = False
 
 
@@ -105,6 +106,8 @@ class PipelinedModel:
         self.modules = [StageModule(model, links[stage], index=stage, is_last=stage == self.num_stages - 1) for stage in mine]
         self.last = next((module for module in self.modules if module.is_last), None)
         self.owners = owners_of(model, [name for some in self.names for name in some])
+        self.plain: Callable[[Any], Any] = _as_it_is
+        """Makes of what a step or a loss returned something that knows nothing of tp: call it before anything is done with it."""
         self._running: _Running | None = None
 
     def _rank_of(self, stage: int) -> int:
@@ -125,6 +128,8 @@ class PipelinedModel:
         autocast: Callable[[], Any] | None = None,
         inside: Callable[[], AbstractContextManager[Any]] | None = None,
         after: Callable[[Sequence[Sharded]], None] | None = None,
+        plain: Callable[[Any], Any] | None = None,
+        advice: Callable[[Exception], Sequence[str]] | None = None,
     ) -> None:
         """Take the stages as they were sharded, in the order of `modules`, and make the schedule.
 
@@ -132,6 +137,8 @@ class PipelinedModel:
             autocast: makes the context in which stages and the loss run.
             inside: makes a context around each run, backward passes too.
             after: called with the stages when the backward passes of a batch are done.
+            plain: see `plain`.
+            advice: what may help with an error of a stage.
         """
         import torch.distributed.pipelining.schedules as torchs
 
@@ -142,10 +149,11 @@ class PipelinedModel:
             for path in self.names[module.index]:  # the precision may have put another module in the place of one
                 self.model.set_submodule(path, module.get_submodule(path))
         self.autocast = autocast
+        self.plain = plain if plain is not None else self.plain
         stages = [
             Stage(module, module.index, self.num_stages, self.device, self.group, dict(self.place)) for module in self.modules
         ]
-        running = self._running = _Running(stages, list(sharded), inside=inside, after=after)
+        running = self._running = _Running(stages, list(sharded), inside=inside, after=after, advice=advice)
         for one in running.sharded:
             one.root._get_fsdp_state()._lazy_init()  # torch's looped schedules gather before the first forward
         if any(p.requires_grad for p in self.model.parameters()):
@@ -232,8 +240,10 @@ class PipelinedModel:
                     running.after(running.sharded)
             for stage in running.stages:
                 stage.end()
-        except BaseException:
+        except BaseException as error:
             running.failed = True
+            for text in running.advice(error) if running.advice is not None and isinstance(error, Exception) else ():
+                error.add_note(text)
             for stage in running.stages:
                 stage.forget()
             for one in running.sharded:
@@ -300,6 +310,8 @@ class PipelinedModel:
             ),
             ("splits", self.reason),
         ]
+        if _is_own(self.model, "training_step") and _is_own(self.model, "compute_loss"):
+            rows.append(("training_step", "not called: the last stage calls compute_loss for each chunk of a batch"))
         for stage, names in enumerate(self.names):
             what = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}" if names else "functions only"
             rows.append(
@@ -349,6 +361,16 @@ class _Steps:
 def _kept(results: list[Any], loss: Tensor) -> Tensor:
     results.append(loss.detach())
     return loss
+
+
+def _is_own(model: nn.Module, method: str) -> bool:
+    """Whether the model's class defines the method: not TrainingModule's own, which stands for one that is not there."""
+    found = getattr(type(model), method, None)
+    return found is not None and not getattr(found, "__qualname__", "").startswith("TrainingModule.")
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _made_already(loss: Tensor, chunk: Chunk) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .errors import ConfigError, suggest
 from .units import choose_units
 
-__all__ = ["Link", "cost_of", "cut", "find_chain", "free", "is_placeholder", "split_at"]
+__all__ = ["Link", "cost_of", "cut", "find_chain", "free", "mark_elsewhere", "split_at"]
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 
@@ -46,11 +46,6 @@ class Link:
 
     names: tuple[str, ...]
     call: Callable[..., Any] | None = None
-
-
-def is_placeholder(tensor: Tensor) -> bool:
-    """Whether a tensor of a prepared model stands for one that another stage holds."""
-    return tensor.is_meta
 
 
 # -- the chain --------------------------------------------------------------------------------------------------------
@@ -326,3 +321,31 @@ def free(model: nn.Module, names: Iterable[str]) -> list[tuple[nn.Parameter, nn.
     for old, _ in made.values():
         old.data = old.data.new_empty(0)
     return list(made.values())
+
+
+# -- what other ranks hold --------------------------------------------------------------------------------------------
+class Elsewhere(Tensor):
+    """In a state_dict, the place of a tensor that another stage holds: it has a name, a shape and a dtype, and no values.
+
+    Whatever saves by pickling (torch.save) is refused here; what asks for values, safetensors too, is refused by torch.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ConfigError(
+            f"A tensor of shape {tuple(self.shape)} was to be saved that another stage of the pipeline holds: the state_dict of "
+            "a model in stages has values for this rank's own only. Call accelerator.get_state_dict(model) on all ranks, which "
+            "is whole on the main process, or save a checkpoint."
+        )
+
+
+def mark_elsewhere(model: nn.Module) -> None:
+    """Let the state_dict of `model`, and of any module in it, have an `Elsewhere` for each tensor that other ranks hold."""
+    for module in model.modules():
+        if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+            module.register_state_dict_post_hook(_mark)
+
+
+def _mark(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key, value in state.items():
+        if type(value) is Tensor and value.is_meta and key.startswith(prefix):
+            state[key] = value.as_subclass(Elsewhere)

@@ -22,10 +22,12 @@ from . import dtensors, gradients, named_state
 from .errors import ConfigError, suggest
 from .fsdp import FSDPStrategy
 from .pipeline_answers import stand_in
+from .pipeline_split import mark_elsewhere
 from .sharded import check_model
 from .units import choose_units
 
 if TYPE_CHECKING:
+    from .parts import Part
     from .pipeline_parallel import PipelinedModel
     from .sharded import Sharded
     from .world import World
@@ -38,12 +40,16 @@ class PipelineStrategy(FSDPStrategy):
 
     Args:
         pipeline: a Pipeline, the name of a schedule, or "auto"; see pipeline_parallel.py.
-        fsdp: further arguments are those of FSDPStrategy. Parameters stay gathered between the chunks of a batch, as if
-            reshard_after_forward were False.
+        fsdp: further arguments are those of FSDPStrategy. Under pp parameters stay gathered between the chunks of a batch:
+            reshard_after_forward is False there, and refused as anything else.
     """
 
     def __init__(self, *, pipeline: Any = "auto", **fsdp: Any) -> None:
+        fsdp.setdefault("reshard_after_forward", None)
         super().__init__(**fsdp)
+        self._asks_reshard: bool | int | None = self.reshard_after_forward
+        if self._asks_reshard is None:
+            self.reshard_after_forward = True
         self.pipeline = pipeline
         self._pipelines: dict[int, PipelinedModel] = {}  # by id of the user's module
 
@@ -70,6 +76,11 @@ class PipelineStrategy(FSDPStrategy):
             )
         if self.offload is not None:
             raise ConfigError("offload='cpu' is not combined with pp: parameters stay gathered between chunks. Leave one out.")
+        if self._asks_reshard not in (None, False):
+            raise ConfigError(
+                f"reshard_after_forward={self._asks_reshard!r} under {self.plan}: parameters would be gathered anew for each "
+                "chunk of a batch, forward and backward. Leave it out: with pp they stay gathered until the batch is done."
+            )
         self.reshard_after_forward = False
         world.last_stage = 0 if SCHEDULES[options.schedule].v_shaped else -1
 
@@ -112,15 +123,22 @@ class PipelineStrategy(FSDPStrategy):
             [self._sharded[id(stage)] for stage in pipe.modules],
             autocast=None if precision.autocast_dtype is None else lambda: precision.autocast(device),
             inside=self.inside_pipeline(),
-            after=self._average_held_whole,
+            after=self._after_backward,
+            plain=self._plain,
+            advice=lambda error: [text for part in self._parts if (text := part.advice(error))],
         )
         stand_in(pipe.owners)
+        mark_elsewhere(model)
         self._pipelines[id(model)] = pipe
         return model
 
+    @property
+    def _parts(self) -> Sequence[Part]:
+        return getattr(self, "parts", ())
+
     def inside_pipeline(self) -> Callable[[], AbstractContextManager[Any]] | None:
         """What makes the context around each run of a pipeline, forward and backward; None for none."""
-        parts = getattr(self, "parts", ())
+        parts = self._parts
         if not parts:
             return None
 
@@ -132,6 +150,13 @@ class PipelineStrategy(FSDPStrategy):
             return stack
 
         return inside
+
+    def _plain(self, value: Any) -> Any:
+        """What the last stage's step or loss returned, as code that knows nothing of the other axes takes it."""
+        for part in self._parts:
+            if part.finishes:
+                value = part.finish(value)
+        return value
 
     def _stages(self, models: Iterable[nn.Module]) -> list[nn.Module]:
         """The modules that this rank prepared for the user's `models`."""
@@ -145,12 +170,15 @@ class PipelineStrategy(FSDPStrategy):
     def set_gradient_sync(self, models: Iterable[nn.Module], enabled: bool) -> None:
         super().set_gradient_sync(self._stages(models) if self._pipelines else models, enabled)
 
-    def _average_held_whole(self, sharded: Sequence[Sharded]) -> None:
-        """Average the gradients of what is not cut up, after a pipeline's backward passes."""
+    def _after_backward(self, sharded: Sequence[Sharded]) -> None:
+        """After a pipeline's backward passes: average the gradients of what is not cut up; let the other axes look at them."""
         group = self.mesh.group("loss")
         for one in sharded:
             if one.whole and one.syncing and group is not None:
                 one.average_whole(group, self.mesh.size("loss"))
+        if self._all_sync:
+            for part in self._parts:
+                part.after_backward()
 
     # -- one optimizer step -------------------------------------------------------------------------------------------
     def grad_norm(self, parameters: Sequence[nn.Parameter], norm_type: float = 2.0) -> Tensor:
@@ -232,7 +260,10 @@ class PipelineStrategy(FSDPStrategy):
 
     # -- words --------------------------------------------------------------------------------------------------------
     def explain(self) -> list[tuple[str, str]]:
-        return [*super().explain(), *(row for pipe in self._pipelines.values() for row in pipe.explain())]
+        rows = [*super().explain(), *(row for pipe in self._pipelines.values() for row in pipe.explain())]
+        if self._pipelines:
+            rows.append(("reshard_after_forward", "False: parameters stay gathered between the chunks of a batch"))
+        return rows
 
 
 def _own_buffers(model: nn.Module, pipe: PipelinedModel) -> list[Tensor]:

@@ -343,6 +343,11 @@ class TensorParallel(Part):
                 f"tensor parallel: each rank has 1/{self.degree} of the heads. A model that reshapes by its own number of heads "
                 "fails so: write .view(batch, length, -1, self.head_dim)."
             )
+        if isinstance(error, RuntimeError) and "must match" in str(error) and self.plan.sequence_parallel:
+            return (
+                "sequence parallel: what goes from block to block is a part of the sequence, and so is its length. A function "
+                "between them (in pipeline_parts, say) that needs positions must be handed them by the first part."
+            )
         return None
 
     def explain(self) -> list[tuple[str, str]]:

@@ -153,6 +153,15 @@ class World:
         mesh = self.mesh
         return self.rank if mesh is None else mesh.index("loss")
 
+    @property
+    def random_index(self) -> int:
+        """Which random stream this rank draws from: that of its part of the loss, and of its stage.
+
+        Ranks of tp compute the same activations, and must drop the same of them; stages of a pipeline compute different ones.
+        """
+        mesh = self.mesh
+        return self.rank if mesh is None else mesh.index("loss") + mesh.size("loss") * mesh.index("pp")
+
     def new_group(self, ranks: list[int] | None = None, *, backend: str | None = None) -> dist.ProcessGroup | None:
         """Make another process group as `dist.new_group`, on loopback when there is one node; None on ranks not in it."""
         if self._group is None:

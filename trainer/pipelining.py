@@ -81,7 +81,7 @@ def train_batch(stepping: Stepping, pipe: PipelinedModel, batch: Any) -> Any:
     def loss_of(output: Any, chunk: Chunk) -> Tensor:
         if metrics is not None:
             metrics.batch_samples = 0 if not weight else chunk.samples
-        loss, items = _read(module, module.compute_loss(output, chunk.batch))  # pyright: ignore[reportCallIssue]
+        loss, items = _read(module, pipe.plain(module.compute_loss(output, chunk.batch)))  # pyright: ignore[reportCallIssue]
         kind = MEAN if items is None else SUM
         if sums.kind not in (0, kind) or window.kind not in (0, kind):
             raise mixed_window()
@@ -178,7 +178,7 @@ def evaluation_step(
             if metrics is not None:
                 metrics.batch_samples = chunk.samples if weight else 0
             with pipe.answering(chunk, output):
-                return chunk.samples, step(chunk.batch, batch_idx, *extra)
+                return chunk.samples, pipe.plain(step(chunk.batch, batch_idx, *extra))
 
         try:
             found = [result for result in pipe.run(batch, judge, backward=False) if result is not None]

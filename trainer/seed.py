@@ -33,7 +33,7 @@ def seed_everything(seed: int) -> None:
 def vary_by_rank(rank: int) -> None:
     """Give every rank but the first random streams of its own, so that dropout differs between ranks. Rank 0 is left as it is.
 
-    `rank` is World.loss_index: ranks of tp compute the same activations, and must drop the same of them.
+    `rank` is World.random_index: ranks of tp compute the same activations, and must drop the same of them.
     """
     if rank:
         seed_everything((torch.initial_seed() + rank) % _LARGEST)

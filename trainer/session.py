@@ -151,7 +151,7 @@ class Session:
         trainer.metrics = {}
         trainer._train_metrics = Metrics(trainer.world, stage="train")
         trainer.log_into(trainer.train_metrics, False, True)
-        vary_by_rank(trainer.world.loss_index)
+        vary_by_rank(trainer.world.random_index)
         checkpoint = self._resume()
         defaults.announce(trainer)
         self._start_tracking()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from drivetrain.strategies.mesh import ParallelPlan
 from drivetrain.strategies.parallel import ParallelStrategy
 from drivetrain.strategies.pipeline_chunks import Chunk
 from drivetrain.strategies.pipeline_options import SCHEDULES, Pipeline
+from drivetrain.strategies.tensor_parallel import TensorPlan
 from drivetrain.strategies.world import World
 from torch import Tensor, nn
 
@@ -26,14 +28,14 @@ def cases(*names: str, steps: int, model: str = "llama") -> list[Case]:
     return [replace(BY_NAME[name], steps=steps, model=model, clip=BY_NAME[name].clip or 0.05) for name in names]
 
 
-def run_suite(plan: dict[str, int], schedules: list[str], todo: list[Case]) -> list[tuple[str, str]]:
+def run_suite(plan: dict[str, int], schedules: list[str], todo: list[Case], **options: Any) -> list[tuple[str, str]]:
     """Return the outcome of each case; a failure raises with the table."""
     world = World.start("cpu", need_group=True)
     try:
         found: list[tuple[str, str]] = []
         for schedule in schedules:
             results = check_strategy(
-                lambda: ParallelStrategy(plan=ParallelPlan(**plan), pipeline=schedule),  # noqa: B023
+                lambda: ParallelStrategy(plan=ParallelPlan(**plan), pipeline=schedule, **options),  # noqa: B023
                 world,
                 cases=todo,
             )
@@ -87,6 +89,56 @@ def test_beside_every_other_axis(size: int, plan: dict[str, int], schedules: lis
     assert {outcome for outcome, _ in found[0]} == {"pass"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "option",
+    [
+        pytest.param(TensorPlan(loss_parallel=True), id="loss parallel"),
+        pytest.param("sequence", id="sequence parallel"),
+    ],
+)
+def test_options_of_tensor_parallel_hold_in_stages(option: Any, ranks: Any) -> None:
+    """A loss on cut logits is made plain where the last stage is; a stage gathers the sequence at its end."""
+    todo = cases(HARD, steps=2)
+    assert ranks(4, run_suite, {"pp": 2, "tp": 2}, ["1f1b"], todo, tensor_parallel=option)[0] == [("pass", "")]
+
+
+class NormsHeads(nn.Module):
+    """Norms each head, and its plan does not say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.scale = nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.scale(self.up(x).unflatten(-1, (-1, 4))).flatten(-2))
+
+
+def wrong_plan() -> str:
+    world = World.start("cpu", need_group=True)
+    plan = {"*.up": "colwise", "*.down": "rowwise"}
+    strategy = ParallelStrategy(plan=ParallelPlan(pp=2, tp=2), tensor_parallel=plan)
+    strategy.start(world)
+    model = nn.Sequential(NormsHeads(), NormsHeads())
+    strategy.prepare({"model": model}, [])
+    pipe = strategy.pipeline_of(model)
+    assert pipe is not None
+    try:
+        pipe.run(torch.randn(4, 4), lambda output, chunk: output.pow(2).sum(), backward=True)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        world.stop()
+    return ""
+
+
+def test_a_tensor_plan_that_lets_copies_drift_apart_is_found_in_every_stage(ranks: Any) -> None:
+    found = ranks(4, wrong_plan)
+    assert ["0.scale.weight" in found[0], "1.scale.weight" in found[2]] == [True, True]
+    assert all("other gradients" in text for text in found)
+
+
 def test_group_norm_convolutions_and_functions_between_modules(ranks: Any) -> None:
     assert ranks(2, run_suite, {"pp": 2}, ["interleaved"], cases(HARD, steps=3, model="conv"))[0] == [("pass", "")]
 
@@ -127,6 +179,49 @@ def test_a_rank_holds_its_stages_and_the_names_of_the_whole_model(ranks: Any) ->
     assert max(first[0], second[0]) < 0.6 * total
     assert first[1] == second[1] == list(whole.state_dict())
     assert ("splits", "chosen: by parameters") in first[2]
+
+
+class Tells(Llama):
+    """Has both ways to say its loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.step(batch, False)
+
+    def compute_loss(self, output: Tensor, batch: Any) -> Tensor:
+        return self.loss(output, batch, False)
+
+
+def saved() -> tuple[list[str], list[str], list[tuple[str, str]]]:
+    model = Tells()
+    strategy, world = prepared(model)
+    whole = strategy.full_state_dict(model)
+    here = [name for name, tensor in model.state_dict().items() if not tensor.is_meta]
+    said: list[str] = []
+    for state in (
+        model.state_dict(),
+        model.layers.state_dict(),
+        {n: t.clone() for n, t in model.state_dict().items()},
+    ):
+        try:
+            torch.save(state, io.BytesIO())
+        except ConfigError as error:
+            said.append(str(error))
+    rows = strategy.explain()
+    world.stop()
+    assert list(whole) == (list(model.state_dict()) if world.is_main else [])
+    assert not any(tensor.is_meta for tensor in whole.values())
+    return here, said, rows
+
+
+def test_what_another_stage_holds_is_never_saved_as_if_it_were_there(ranks: Any) -> None:
+    """By torch.save of a state_dict, of a part, or of copies (an average of the weights)."""
+    first, second = ranks(2, saved)
+    assert sorted(first[0] + second[0]) == sorted(Llama().state_dict())
+    for said in (first[1], second[1]):
+        assert len(said) == 3
+        assert all("get_state_dict" in text for text in said)
+    assert ("training_step", "not called: the last stage calls compute_loss for each chunk of a batch") in first[2]
+    assert any(key == "reshard_after_forward" and value.startswith("False") for key, value in first[2])
 
 
 class Initialised(nn.Linear):
@@ -278,6 +373,7 @@ def refused(**options: Any) -> str:
     [
         ({"precision": "fp16-mixed"}, "fp16-mixed"),
         ({"offload": "cpu"}, "offload"),
+        ({"reshard_after_forward": True}, "reshard_after_forward=True"),
         ({"pipeline": "2f2b"}, "no schedule"),
         ({"pipeline": Pipeline(schedule="interleaved")}, "2 part"),
         ({"ignored_parameters": ["nothing"]}, "nothing"),

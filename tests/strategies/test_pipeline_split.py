@@ -89,7 +89,8 @@ TOKENS = torch.arange(16).reshape(2, 8)
 def test_the_links_one_after_the_other_are_the_forward(model: nn.Module, x: Tensor) -> None:
     found: Any = x
     for link in find_chain(model):
-        found = (model.get_submodule(link.names[0]) if link.call is None else link.call)(found)
+        found = found if isinstance(found, tuple) else (found,)
+        found = (model.get_submodule(link.names[0]) if link.call is None else link.call)(*found)
     torch.testing.assert_close(found, model(x), rtol=0, atol=0)
 
 
