@@ -182,8 +182,8 @@ def dispatched(experts: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, coun
     received = all_to_all(tokens, sizes[1], sizes[0], group)
     # They lie by the rank that sent them, then by expert.
     here = coming.shape[1]
-    expert = torch.arange(here, device=tokens.device).repeat(ranks).repeat_interleave(coming.flatten())
+    numbers = coming.new_ones(here).cumsum(0) - 1  # no torch.arange, which context parallel may take for positions
+    expert = numbers.repeat(ranks).repeat_interleave(coming.flatten())
     order = expert.argsort(stable=True)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
     made = experts(received[order], coming.sum(0))
-    return all_to_all(made[back], sizes[0], sizes[1], group)
+    return all_to_all(made[order.argsort()], sizes[0], sizes[1], group)

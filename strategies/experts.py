@@ -134,8 +134,7 @@ class MoE(nn.Module):
         order = chosen_NK.flatten().argsort(stable=True)
         counts = torch.bincount(chosen_NK.flatten(), minlength=self.num_experts)
         out = self.experts(x_ND[order // self.top_k], counts)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-        y_NKD = out[place].unflatten(0, (-1, self.top_k))
+        y_NKD = out[order.argsort()].unflatten(0, (-1, self.top_k))
         y_ND = (y_NKD * weight_NK.unsqueeze(-1).to(y_NKD.dtype)).sum(1)
         with torch.no_grad():
             self.counts.copy_(counts)

@@ -23,6 +23,8 @@ from .sequence_layout import SequenceLayout
 
 __all__ = ["ring_attention"]
 
+# torch's own: the name is exchanged in backward passes (shared_sequence.py).
+_arange = torch.arange
 _ROWS = 512
 """Queries of which scores are held at a time."""
 
@@ -123,17 +125,18 @@ def _travel(tensors: list[Tensor], group: dist.ProcessGroup) -> Iterator[tuple[i
         held = coming
 
 
-def _send(tensors: list[Tensor], group: dist.ProcessGroup) -> tuple[list[dist.Work], list[Tensor]]:
+def _send(tensors: list[Tensor], group: dist.ProcessGroup, tag: int = 0) -> tuple[list[dist.Work], list[Tensor]]:
     """Begin to send to the next rank and to receive from the one before; return what to wait for, and what will hold it."""
     rank, n = group.rank(), group.size()
     coming = [torch.empty_like(t) for t in tensors]
-    ops = [dist.P2POp(dist.isend, t, group=group, group_peer=(rank + 1) % n, tag=i) for i, t in enumerate(tensors)]
-    ops += [dist.P2POp(dist.irecv, t, group=group, group_peer=(rank - 1) % n, tag=i) for i, t in enumerate(coming)]
+    ops = [dist.P2POp(dist.isend, t, group=group, group_peer=(rank + 1) % n, tag=tag + i) for i, t in enumerate(tensors)]
+    ops += [dist.P2POp(dist.irecv, t, group=group, group_peer=(rank - 1) % n, tag=tag + i) for i, t in enumerate(coming)]
     return dist.batch_isend_irecv(ops), coming
 
 
 def _hop(tensors: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
-    pending, coming = _send(tensors, group)
+    # Tags of their own: keys and values are under way at the same time.
+    pending, coming = _send(tensors, group, len(tensors))
     for work in pending:
         work.wait()
     return coming
@@ -154,7 +157,7 @@ def _blocks(
         bias = None
         if diagonal:
             # Own tokens are in rising order, so the triangle is that of their indices. Keys behind the last row are left out.
-            later = torch.arange(rows.stop, device=q.device) > torch.arange(rows.start, rows.stop, device=q.device)[:, None]
+            later = _arange(rows.stop, device=q.device) > _arange(rows.start, rows.stop, device=q.device)[:, None]
             yield rows, slice(0, rows.stop), torch.zeros(later.shape, device=q.device).masked_fill_(later, -math.inf)
             continue
         if columns is not None:

@@ -18,6 +18,9 @@ from .errors import ConfigError
 
 __all__ = ["SequenceLayout"]
 
+# torch's own: the name is exchanged in backward passes (shared_sequence.py).
+_arange = torch.arange
+
 
 @dataclass(frozen=True)
 class SequenceLayout:
@@ -72,7 +75,7 @@ class SequenceLayout:
     def positions(self, local: int, device: torch.device | None = None, rank: int | None = None) -> Tensor:
         """Return the places in the whole sequence of the `local` tokens of a rank: (local,), int64."""
         size = self.chunk_length(local)
-        return torch.cat([torch.arange(c * size, (c + 1) * size, device=device) for c in self.chunks(rank)])
+        return torch.cat([_arange(c * size, (c + 1) * size, device=device) for c in self.chunks(rank)])
 
     def all_positions(self, local: int, device: torch.device | None = None) -> Tensor:
         """Return the places of the tokens of all ranks, one rank after the other: (ranks * local,)."""
