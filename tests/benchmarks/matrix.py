@@ -5,7 +5,8 @@
 
 A row is a strategy on some processes, which are forked here and talk over gloo, and a model of contract_models.py; a cell is
 a case of contract.py: the losses of all steps and all weights against the plain loop, and a run that was saved and loaded
-half-way against the straight one, bit for bit. What a strategy refuses stands below the table with its sentence. A blank is a case
+half-way against the straight one, bit for bit.
+What a strategy refuses stands below the table with its sentence. A blank is a case
 that the model has not (a window of BatchNorm is not one big batch). The exit code is 1 if any cell fails.
 """
 
