@@ -15,7 +15,6 @@ Read `FSDPStrategy.prepare_model` first.   Source: torch.distributed.fsdp.fully_
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,9 +27,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from . import dtensors, gradients, named_state
-from .base import Strategy
 from .errors import ConfigError
 from .fsdp_options import read_peers
+from .held_pieces import HoldsPieces
 from .mesh import Mesh, ParallelPlan, mesh_of
 from .registry import parse_degree
 from .sharded import CUT_UP, Shape, Sharded, check_model, persistent_buffers
@@ -47,7 +46,7 @@ __all__ = ["FSDPStrategy", "HSDPStrategy"]
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-class FSDPStrategy(Strategy):
+class FSDPStrategy(HoldsPieces):
     """The model in pieces, one on each process; each process reads its slice of the batch.
 
     Args:
@@ -127,6 +126,7 @@ class FSDPStrategy(Strategy):
         self._everyone: tuple[torch.device, dist.ProcessGroup | None] = torch.device("cpu"), None
         self._any_whole = False  # whether a model holds parameters whole
         self._all_sync = True  # whether all models reduce gradients; asked at every step
+        self._optimizers = []
         self._sharded: dict[int, Sharded] = {}  # by id of the user's module
         # Parameters that the sharded ones took the place of: id -> (old, new). The old ones are kept, without memory, so that no
         # other object gets their id, and an optimizer that was built before can be given the new ones.
@@ -202,6 +202,7 @@ class FSDPStrategy(Strategy):
         """Forget the models. They stay cut up: putting them together again would need every rank, and their whole memory."""
         self._sharded.clear()
         self._replaced.clear()
+        self._optimizers.clear()
         if self.precision is not None and getattr(self.precision, "agree", None) is not None:
             self.precision.agree = None  # pyright: ignore[reportAttributeAccessIssue]
         self._mesh = None
@@ -331,6 +332,7 @@ class FSDPStrategy(Strategy):
                     f"{met if whole else 'some of them are cut over other axes than the others'}. Give them a parameter "
                     f"group of their own, give 0-d parameters shape (1,), or leave {asked[0]} out."
                 )
+        self._optimizers.append(optimizer)
         return super().prepare_optimizer(optimizer)
 
     def bind(self, model: nn.Module, method: str) -> Callable[..., Any]:
@@ -414,79 +416,6 @@ class FSDPStrategy(Strategy):
                     break
         return stepped
 
-    # -- state --------------------------------------------------------------------------------------------------------
-    def sync_buffers(self, models: Iterable[nn.Module]) -> None:
-        """Give rank 0's buffers to all ranks, as the next forward would. Collective."""
-        for model in models:
-            sharded = self._sharded.get(id(model))
-            if sharded is not None and sharded.sends_buffers:
-                sharded.send_buffers()
-
-    def state_tensors(
-        self, models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The same names as on one device; each rank has its `Shard` of what is cut up. Buffers are the first rank's."""
-        self._free()
-        tensors, values = super().state_tensors(models, optimizers)
-        for name, model in models.items() if self.mesh.index("stage") else ():
-            for key, _ in model.named_buffers():
-                tensors.pop(f"model/{name}/{key}", None)
-        return {name: dtensors.piece(name, tensor) for name, tensor in tensors.items()}, values
-
-    def load_state_tensors(
-        self,
-        models: Mapping[str, nn.Module],
-        optimizers: Mapping[str, Optimizer],
-        names: Iterable[str],
-        read: Callable[[str], Tensor],
-        values: Mapping[str, Any],
-        *,
-        strict: bool = True,
-    ) -> list[str]:
-        """Load what any strategy saved; of what is cut up here each rank reads its own piece only."""
-        self._free()
-        return super().load_state_tensors(models, optimizers, names, read, values, strict=strict)
-
-    def place(self, own: Tensor, name: str, source: named_state.Source) -> Tensor:
-        """Read `name` in the pieces in which `own` is held."""
-        return dtensors.read_like(own, source.shape(name), functools.partial(source, name))
-
-    def _free(self) -> None:
-        for sharded in self._sharded.values():
-            sharded.free()
-
-    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return all tensors, whole, in host memory on rank 0; nothing on the others. Collective: all ranks call it."""
-        self._free()
-        found: dict[str, Tensor] = {}
-        for key, tensor in model.state_dict().items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if self.world.is_main:
-                found[key] = whole.detach().cpu()
-        return found
-
-    # -- words --------------------------------------------------------------------------------------------------------
-    def explain(self) -> list[tuple[str, str]]:
-        """Return who holds what: the mesh, the units, and the bytes of each kind on this rank and in all."""
-        rows = [*super().explain(), ("plan", f"{self.plan}   {self.plan_reason}")]
-        for sharded in self._sharded.values():
-            prefix = f"{sharded.name}: " if len(self._sharded) > 1 else ""
-            kinds: dict[str, int] = {}
-            for module, name in zip(sharded.modules, sharded.units, strict=True):
-                kind = type(module).__name__.removeprefix("FSDP") if name else "root"
-                kinds[kind] = kinds.get(kind, 0) + 1
-            rows.append((f"{prefix}units", ", ".join(k if n == 1 else f"{n} x {k}" for k, n in kinds.items())))
-            if sharded.whole:
-                rows.append((f"{prefix}held whole", ", ".join(sharded.whole)))
-            parameters = list(sharded.model.parameters())
-            total, here = _bytes(parameters), _bytes([dtensors.local(p) for p in parameters])
-            trained = [p for p in parameters if p.requires_grad]
-            rows.append((f"{prefix}parameters held", f"{here:,} of {total:,} bytes on this rank"))
-            rows.append(
-                (f"{prefix}gradients held", f"{_bytes(map(dtensors.local, trained)):,} of {_bytes(trained):,} bytes on this rank")
-            )
-        return rows
-
 
 class HSDPStrategy(FSDPStrategy):
     """Sharded within groups of processes, replicated over the groups: by default within a node and over the nodes.
@@ -521,7 +450,3 @@ def _is_own(model: nn.Module, method: str) -> bool:
     """Whether the model has a step of that name: its own, not the one of TrainingModule that says that there is none."""
     found = getattr(type(model), method, None)
     return found is not None and not getattr(found, "__qualname__", "").startswith("TrainingModule.")
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)

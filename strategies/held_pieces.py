@@ -1,0 +1,135 @@
+"""The state of models that are cut up, and who holds what: the part of FSDPStrategy that checkpoints and start-up lines ask.
+
+State has the names of named_state.py, whatever is cut how: a rank gives its own pieces, and reads its own pieces. Buffers are not
+cut up; the first rank's are saved.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from . import dtensors, named_state
+from .base import Strategy
+
+if TYPE_CHECKING:
+    from .mesh import Mesh, ParallelPlan
+    from .sharded import Sharded
+
+__all__ = ["HoldsPieces"]
+
+_NUMBERS: Mapping[str, int] = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Adagrad": 1, "RMSprop": 1, "Muon": 1}
+"""Numbers of state that torch's optimizers keep for each parameter, before the first step shows it."""
+
+
+class HoldsPieces(Strategy):
+    """State in pieces, and the table of who holds what."""
+
+    plan: ParallelPlan | None
+    plan_reason: str
+    _sharded: dict[int, Sharded]
+    _optimizers: list[Optimizer]
+
+    if TYPE_CHECKING:
+
+        @property
+        def mesh(self) -> Mesh: ...
+
+    # -- state --------------------------------------------------------------------------------------------------------
+    def sync_buffers(self, models: Iterable[nn.Module]) -> None:
+        """Give rank 0's buffers to all ranks, as the next forward would. Collective."""
+        for model in models:
+            sharded = self._sharded.get(id(model))
+            if sharded is not None and sharded.sends_buffers:
+                sharded.send_buffers()
+
+    def state_tensors(
+        self, models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The same names as on one device; each rank has its `Shard` of what is cut up. Buffers are the first rank's."""
+        self._free()
+        tensors, values = super().state_tensors(models, optimizers)
+        for name, model in models.items() if self.mesh.index("stage") else ():
+            for key, _ in model.named_buffers():
+                tensors.pop(f"model/{name}/{key}", None)
+        return {name: dtensors.piece(name, tensor) for name, tensor in tensors.items()}, values
+
+    def load_state_tensors(
+        self,
+        models: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        names: Iterable[str],
+        read: Callable[[str], Tensor],
+        values: Mapping[str, Any],
+        *,
+        strict: bool = True,
+    ) -> list[str]:
+        """Load what any strategy saved; of what is cut up here each rank reads its own piece only."""
+        self._free()
+        return super().load_state_tensors(models, optimizers, names, read, values, strict=strict)
+
+    def place(self, own: Tensor, name: str, source: named_state.Source) -> Tensor:
+        """Read `name` in the pieces in which `own` is held."""
+        return dtensors.read_like(own, source.shape(name), functools.partial(source, name))
+
+    def _free(self) -> None:
+        for sharded in self._sharded.values():
+            sharded.free()
+
+    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return all tensors, whole, in host memory on rank 0; nothing on the others. Collective: all ranks call it."""
+        self._free()
+        found: dict[str, Tensor] = {}
+        for key, tensor in model.state_dict().items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.world.is_main:
+                found[key] = whole.detach().cpu()
+        return found
+
+    # -- words --------------------------------------------------------------------------------------------------------
+    def explain(self) -> list[tuple[str, str]]:
+        """Return who holds what: the mesh, the units, and the bytes of each kind on this rank and in all."""
+        rows = [*super().explain(), ("plan", f"{self.plan}   {self.plan_reason}")]
+        for sharded in self._sharded.values():
+            prefix = f"{sharded.name}: " if len(self._sharded) > 1 else ""
+            kinds: dict[str, int] = {}
+            for module, name in zip(sharded.modules, sharded.units, strict=True):
+                kind = type(module).__name__.removeprefix("FSDP") if name else "root"
+                kinds[kind] = kinds.get(kind, 0) + 1
+            rows.append((f"{prefix}units", ", ".join(k if n == 1 else f"{n} x {k}" for k, n in kinds.items())))
+            if sharded.whole:
+                rows.append((f"{prefix}held whole", ", ".join(sharded.whole)))
+            parameters = list(sharded.model.parameters())
+            total, here = _bytes(parameters), _bytes([dtensors.local(p) for p in parameters])
+            trained = [p for p in parameters if p.requires_grad]
+            rows.append((f"{prefix}parameters held", f"{here:,} of {total:,} bytes on this rank"))
+            rows.append(
+                (f"{prefix}gradients held", f"{_bytes(map(dtensors.local, trained)):,} of {_bytes(trained):,} bytes on this rank")
+            )
+        for optimizer in self._optimizers:
+            rows.append(("optimizer state held", _state_of(optimizer)))
+        return rows
+
+
+def _state_of(optimizer: Optimizer) -> str:
+    """What an optimizer's state takes on this rank, or will take after its first step."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    held = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.dim()]
+    kind = type(optimizer).__name__
+    if held:
+        return f"{_bytes(map(dtensors.local, held)):,} of {_bytes(held):,} bytes on this rank ({kind})"
+    momentum = any(group.get("momentum") for group in optimizer.param_groups)
+    numbers = _NUMBERS.get(kind, int(momentum) if kind == "SGD" else None)
+    if numbers is None:
+        return f"known after the first step ({kind})"
+    here, total = numbers * _bytes(map(dtensors.local, parameters)), numbers * _bytes(parameters)
+    return f"{here:,} of {total:,} bytes on this rank after the first step ({kind})"
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
