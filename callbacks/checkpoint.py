@@ -421,6 +421,6 @@ def _unknown_option(name: str) -> ConfigError:
     if name in ("dirpath", "filename", "auto_insert_metric_name", "enable_version_counter"):
         return ConfigError(
             f"Checkpoint has no {name}: checkpoints lie in <root>/<name>/<run id>/checkpoints/step-00000042. "
-            "Choose the place with Trainer(root=..., name=...)."
+            "Choose the place with Trainer(root=..., name=...): root is a folder, or a URL such as s3://bucket/runs."
         )
     return unknown_name("option", name, _OPTIONS, where="of Checkpoint")

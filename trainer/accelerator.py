@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..strategies.base import Strategy, make_precision
+from ..strategies.checkpoint.urls import local_path
 from ..strategies.errors import ConfigError
 from ..strategies.precision.base import Precision
 from ..strategies.world import World
@@ -131,7 +132,7 @@ class Accelerator(HasPlugins, Preparing, Stepping, ProcessControl, Gathering, Sa
         assert self.strategy.precision is not None
         self.precision: Precision = self.strategy.precision
         self.dataloader_config = dataloader_config if dataloader_config is not None else DataLoaderConfiguration()
-        self.project_dir = None if project_dir is None else Path(project_dir)
+        self.project_dir = None if project_dir is None else local_path(project_dir, "Accelerator(project_dir=...)")
         self.log_with = log_with
         self.seed = seed if seed is not None else 0
         self.nonfinite = nonfinite

@@ -157,10 +157,14 @@ class Saving:
 
         One `model.safetensors`, or, above `max_shard_size`, several files and `model.safetensors.index.json`. Tied weights are
         written once, under their first name; their other names stand in the file's metadata. On the main process.
+
+        Raises:
+            ConfigError: `save_directory` is a URL; bare weights are written to this machine.
         """
+        from ..strategies.checkpoint.urls import local_path
         from ..strategies.checkpoint.weights import SINGLE, save_weights, untied
 
-        folder = Path(save_directory)
+        folder = local_path(save_directory, "save_model")
         tensors = self.get_state_dict(model)
         files = [folder / SINGLE]
         if self.world.is_main:
@@ -177,8 +181,12 @@ class Saving:
         Raises:
             CheckpointError: the weights of another model: what is missing, in excess or of another shape is listed, and nothing
                 was loaded. `strict=False` takes what fits.
+            ConfigError: `directory` is a URL; bare weights are read from this machine.
         """
+        from ..strategies.checkpoint.urls import local_path
+
+        folder = local_path(directory, "load_model")
         module: nn.Module = self.unwrap_model(model)  # pyright: ignore[reportAttributeAccessIssue]
-        skipped = self._strategy_of(module).load_weights(module, Path(directory), strict=strict)
+        skipped = self._strategy_of(module).load_weights(module, folder, strict=strict)
         self.world.barrier()
         return skipped

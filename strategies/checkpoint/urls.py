@@ -39,6 +39,20 @@ def path_of(path: str | Path | UrlPath) -> Any:
     return UrlPath.of(str(path)) if is_url(path) else Path(path)
 
 
+def local_path(path: str | Path | UrlPath, what: str) -> Path:
+    """Return the Path of what can lie on this machine only; `what` it is, for the message.
+
+    Raises:
+        ConfigError: it is the URL of another place.
+    """
+    if is_url(path):
+        raise ConfigError(
+            f"{what}: {path} is a URL, where only checkpoints can lie; expected a local folder. Give one, and copy it there "
+            f"afterwards: fsspec.filesystem({str(path).partition(':')[0]!r}).put(folder, ..., recursive=True)."
+        )
+    return path_of(path).expanduser()
+
+
 class UrlPath:
     """A place behind a URL, with the face of a Path."""
 

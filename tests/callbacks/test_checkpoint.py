@@ -418,7 +418,7 @@ def test_a_metric_that_may_still_come_is_waited_for_until_the_end(tmp_path: Path
         ({"save_top_k": 1.5}, "save_top_k=1.5"),
         ({"every": "5stpes"}, "no unit 'stpes'"),
         ({"every_n_epochs": 0}, "above 0"),
-        ({"dirpath": "x"}, r"Choose the place with Trainer\(root="),
+        ({"dirpath": "memory://x"}, r"Choose the place with Trainer\(root=.* or a URL such as s3://bucket/runs"),
         ({"save_topk": 3}, "no option 'save_topk' of Checkpoint. Did you mean 'save_top_k'"),
     ],
 )

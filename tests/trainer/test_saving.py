@@ -234,6 +234,23 @@ def test_a_state_goes_to_a_url_and_back() -> None:
         assert all(torch.equal(a, b) for a, b in zip(expected, weights(other.model), strict=True))
 
 
+def test_bare_weights_behind_a_url_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """file:// is the local path; of anything else a folder called "memory:" would be made here."""
+    monkeypatch.chdir(tmp_path)
+    accelerator = Accelerator()
+    model = accelerator.prepare(nn.Linear(1, 1))
+    with pytest.raises(ConfigError, match="save_model: memory://out is a URL, where only checkpoints can lie; expected a local"):
+        accelerator.save_model(model, "memory://out")
+    with pytest.raises(ConfigError, match="load_model: memory://out is a URL"):
+        accelerator.load_model(model, "memory://out")
+    with pytest.raises(ConfigError, match=r"Accelerator\(project_dir=...\): memory://out is a URL"):
+        Accelerator(project_dir="memory://out")
+    assert list(tmp_path.iterdir()) == []
+    path = accelerator.save_model(model, f"file://{tmp_path}/out")
+    assert path == tmp_path / "out" / "model.safetensors"
+    assert accelerator.load_model(model, f"file://{tmp_path}/out") == []
+
+
 def test_no_checkpoint_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
     accelerator = Accelerator()
     accelerator.prepare(nn.Linear(1, 1))

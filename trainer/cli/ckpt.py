@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...strategies.checkpoint.urls import path_of
+from ...strategies.checkpoint.urls import local_path, path_of
 from ...strategies.errors import CheckpointError, ConfigError
 from .parser import Parser
 
@@ -169,6 +169,7 @@ def _export(chosen: argparse.Namespace) -> Outcome:
 
     if not chosen.to:
         raise ConfigError("drivetrain ckpt export needs a place: --to FOLDER.")
+    folder = local_path(chosen.to, "drivetrain ckpt export --to")
     with _open(chosen.path) as checkpoint:
         models = sorted({n.split("/")[1] for n in checkpoint.names() if n.startswith("model/")})
         if chosen.model is None and len(models) != 1:
@@ -180,7 +181,7 @@ def _export(chosen: argparse.Namespace) -> Outcome:
         names = [n for n in checkpoint.names() if n.startswith(prefix) and n.removeprefix(prefix) not in tied]
         sizes = {n.removeprefix(prefix): _bytes_of(checkpoint, n) for n in names}
         files = save_weights(
-            Path(chosen.to),
+            folder,
             sizes,
             lambda wanted: {n: checkpoint.tensor(prefix + n) for n in wanted},
             max_shard_size=chosen.max_shard_size or "5GB",

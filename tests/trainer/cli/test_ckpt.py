@@ -121,6 +121,7 @@ def test_prune_deletes_what_no_rule_keeps(run: Path, capsys: pytest.CaptureFixtu
         (["prune", "."], ConfigError, "needs a rule for what stays"),
         (["diff", "."], ConfigError, "compares two checkpoints"),
         (["export", "."], ConfigError, "--to FOLDER"),
+        (["export", ".", "--to", "memory://x"], ConfigError, "export --to: memory://x is a URL, .* expected a local folder"),
         (["look", "."], ConfigError, "invalid choice: 'look'"),
     ],
 )
