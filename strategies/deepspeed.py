@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import deepspeed_config, deepspeed_engine, deepspeed_io, deepspeed_weights, gradients, materialize
+from . import deepspeed_config, deepspeed_engine, deepspeed_io, deepspeed_native, deepspeed_weights, gradients, materialize
 from .base import make_precision
 from .deepspeed_held import DummyOptim, Held, twin_of
 from .deepspeed_options import DeepSpeedOptions
@@ -406,15 +406,31 @@ class DeepSpeedStrategy(DeepSpeedOptions):
 
     def save_native(self, model: nn.Module, folder: str | Path, tag: str = "step") -> None:
         """Write DeepSpeed's own checkpoint of `model` and its optimizer. Collective."""
-        deepspeed_io.save_native(self._trained(model), folder, tag)
+        deepspeed_native.save_native(self._trained(model), folder, tag)
 
     def load_native(self, model: nn.Module, folder: str | Path, tag: str | None = None) -> None:
-        """Load DeepSpeed's own (or its universal) checkpoint. Collective.
+        """Load DeepSpeed's own checkpoint, a pickle: of those that you trust. Collective.
 
         Raises:
             CheckpointError: of another number of processes or another stage, which DeepSpeed's own format cannot be read with.
         """
-        deepspeed_io.load_native(self._trained(model), folder, tag, self.world)
+        deepspeed_native.load_native(self._trained(model), folder, tag, self.world)
+
+    def save_universal(self, model: nn.Module, folder: str | Path, tag: str = "universal") -> None:
+        """Write DeepSpeed's universal checkpoint of `model` and its Adam: for DeepSpeed elsewhere. Collective."""
+        deepspeed_native.save_universal(self._trained(model), folder, tag, self.world)
+
+    def load_universal(self, model: nn.Module, folder: str | Path, tag: str | None = None) -> None:
+        """Load a universal checkpoint of any stage and number of processes; weights and optimizer state. Collective."""
+        held = self._trained(model)
+        assert held.front is not None
+        names, source, values = deepspeed_native.read_universal(folder, tag, held.name, model, held.front)
+        self.load_state_tensors({held.name: model}, {"optimizer": held.front}, names, source, values)
+
+    @staticmethod
+    def fp32_weights(folder: str | Path, tag: str | None = None) -> dict[str, Tensor]:
+        """Return the whole fp32 weights that a native checkpoint of DeepSpeed holds, in host memory (its zero_to_fp32)."""
+        return deepspeed_native.fp32_weights(folder, tag)
 
     def engine(self, model: nn.Module) -> Any:
         """Return DeepSpeed's engine of a prepared `model`, for what has no words here."""

@@ -23,7 +23,7 @@ from . import deepspeed_engine, gradients
 from .deepspeed_state import Partitions
 from .errors import ConfigError
 
-__all__ = ["DummyOptim", "Held", "twin_of"]
+__all__ = ["DummyOptim", "Held", "trained", "twin_of"]
 
 # Optimizers that treat each element by itself, so that a flat piece is stepped as the whole would be.
 _ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "RMSprop", "Rprop", "Adadelta", "ASGD")
@@ -293,7 +293,7 @@ class Held:
         if not self.pending:
             return True
         inner = self.parts.inner
-        groups = [g for g in front.param_groups if _trained(g)]
+        groups = [g for g in front.param_groups if trained(g)]
         for mine, theirs in zip(groups, inner.param_groups, strict=True):
             theirs.update({k: v for k, v in mine.items() if k != "params"})
         for key in ("grad_scale", "found_inf"):  # how a fused optimizer is told to leave a step out
@@ -306,6 +306,13 @@ class Held:
         self.engine.micro_steps += 1
         self.pending = self.settled = False
         return applied
+
+    def take_options(self) -> None:
+        """Give the user's optimizer the options (lr, ...) that a checkpoint of DeepSpeed's own gave its twin."""
+        if self.front is None or self.parts is None:
+            return
+        for mine, theirs in zip([g for g in self.front.param_groups if trained(g)], self.parts.inner.param_groups, strict=True):
+            mine.update({k: v for k, v in theirs.items() if k != "params"})
 
     def explain(self) -> list[tuple[str, str]]:
         parameters: list[Any] = list(self.model.parameters())
@@ -323,6 +330,6 @@ class Held:
         return rows
 
 
-def _trained(group: dict[str, Any]) -> bool:
+def trained(group: dict[str, Any]) -> bool:
     """Whether ZeRO keeps this group: it drops those without a trained parameter."""
     return any(p.requires_grad for p in group["params"])

@@ -1,9 +1,8 @@
-"""A DeepSpeed model's state in our format, in DeepSpeed's own, and whole; the strategy's methods of the same names call these."""
+"""A DeepSpeed model's state in our format, and whole; the strategy's methods of the same names call these."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,15 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import deepspeed_engine, named_state
+from . import named_state
 from .deepspeed_held import Held
 from .deepspeed_state import Receiver, Stand, Stretch, full_shape, read_stretch, receiver_of, shards, stretch_of
-from .errors import CheckpointError
 
 if TYPE_CHECKING:
     from .world import World
 
-__all__ = ["full_state_dict", "load_native", "load_state_tensors", "save_native", "state_tensors"]
+__all__ = ["full_state_dict", "load_state_tensors", "state_tensors"]
 
 
 def _named(model: nn.Module) -> dict[str, Any]:
@@ -196,39 +194,3 @@ def _whole(held: Held, value: Any, world: World) -> Tensor:
     if world.size > 1:  # every element has one holder, and zeros change nothing
         dist.all_reduce(whole, group=world.group())
     return whole.view(shape)
-
-
-def save_native(held: Held, folder: str | Path, tag: str) -> None:
-    with deepspeed_engine.explained("Saving DeepSpeed's own checkpoint"):
-        held.engine.save_checkpoint(str(folder), tag=tag)
-
-
-def load_native(held: Held, folder: str | Path, tag: str | None, world: World) -> None:
-    folder = Path(folder)
-    if tag is None:
-        latest = folder / "latest"
-        if not latest.is_file():
-            raise CheckpointError(
-                f"{folder} is no checkpoint of DeepSpeed: it has no file 'latest'. Name its tag, or another folder."
-            )
-        tag = latest.read_text().strip()
-    files = sorted((folder / tag).glob("*zero_pp_rank_*_optim_states.pt"))
-    if files and len(files) != world.size:
-        raise CheckpointError(
-            f"{folder / tag} was written by {len(files)} processes, and this run has {world.size}: DeepSpeed's own format "
-            "cannot be "
-            "read with another number. Convert it to the universal format (python -m deepspeed.checkpoint.ds_to_universal), "
-            "or save "
-            "with our own checkpoints, which any number reads."
-        )
-    try:
-        path, _ = held.engine.load_checkpoint(str(folder), tag=tag)
-    except (AssertionError, RuntimeError, KeyError, AttributeError) as error:
-        said = str(error).strip() or f"{type(error).__name__} without a word"
-        raise CheckpointError(
-            f"DeepSpeed cannot read {folder / tag} into ZeRO stage {held.stage} on {world.size} process(es): {said}. It reads "
-            "its "
-            "own format only into the stage and number of processes that wrote it."
-        ) from error
-    if path is None:
-        raise CheckpointError(f"DeepSpeed found no checkpoint in {folder / tag}. Name its tag, or another folder.")

@@ -88,7 +88,8 @@ def test_two_ranks_then_one_then_two_are_two_throughout(stage: int, ranks: Any, 
     direct = ranks(2, half, f"deepspeed:{stage}", {}, 1, tmp_path / "a")
     ranks(1, through, f"deepspeed:{stage}", tmp_path / "a", tmp_path / "b")
     around = ranks(2, half, f"deepspeed:{stage}", {}, 1, tmp_path / "b")
-    assert straight[0][0] and around == direct
+    assert straight[0][0]
+    assert around == direct
 
 
 def through(strategy_name: str, source: Path, target: Path) -> None:
@@ -113,7 +114,7 @@ def refused(tmp: Path) -> tuple[str, bool, str]:
     strategy.start(world)
     torch.manual_seed(0)
     models: dict[str, nn.Module] = {"model": nn.Linear(3, 2)}
-    _, optimizers = strategy.prepare(models, lambda: [torch.optim.SGD(models["model"].parameters(), lr=0.1)])
+    strategy.prepare(models, lambda: [torch.optim.SGD(models["model"].parameters(), lr=0.1)])
     before = strategy.full_state_dict(models["model"])
     other = {"model/model/weight": torch.zeros(2, 4), "model/model/bias": torch.zeros(2)}
     with pytest.raises(CheckpointError) as caught:

@@ -1,7 +1,7 @@
 """Weights that come from outside reach ZeRO's fp32 masters: by load_state_dict, load_model, and under `gathered`.
 
-DeepSpeed's own engine keeps the old masters, so that the first step brings the old weights back. The truth is a plain SGD step from
-the new weights.
+DeepSpeed's own engine keeps the old masters, so that the first step brings the old weights back. The truth is a plain SGD step
+from the new weights.
 """
 
 from __future__ import annotations
