@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 import torch
-from drivetrain.strategies.checkpoint import CheckpointStore, Keep, store
+from drivetrain.strategies.checkpoint import CheckpointStore, Keep, writer
 from drivetrain.strategies.errors import CheckpointError
 
 CHANGES = ("open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir", "ftruncate", "pwrite")
@@ -389,7 +389,7 @@ def mount_small_disk(disk: Path) -> None:
 def test_a_disk_that_fills_up_leaves_the_earlier_ones(warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the free space looked at before (warned), and with another process taking it in between (not warned)."""
     if not warned:
-        monkeypatch.setattr(store, "_MARGIN", -(2**40))
+        monkeypatch.setattr(writer, "_MARGIN", -(2**40))
 
     def child() -> None:
         mount_small_disk(tmp_path)
