@@ -15,9 +15,11 @@ import pytest
 PUBLIC = [
     "AORecipeKwargs",
     "Accelerator",
+    "ActivationCheckpointing",
     "AutocastKwargs",
     "Callback",
     "Checkpoint",
+    "Compile",
     "ContextParallel",
     "DDPStrategy",
     "DataLoaderConfiguration",

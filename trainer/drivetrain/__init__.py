@@ -128,9 +128,11 @@ _FOLDERS = ("callbacks", "strategies", "trainer")
 __all__ = [
     "AORecipeKwargs",
     "Accelerator",
+    "ActivationCheckpointing",
     "AutocastKwargs",
     "Callback",
     "Checkpoint",
+    "Compile",
     "ContextParallel",
     "DDPStrategy",
     "DataLoaderConfiguration",
