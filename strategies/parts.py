@@ -2,6 +2,7 @@
 
 Each part has a file: tensor_parallel.py, context_parallel.py, expert_parallel.py. What a part may do, in the order of the calls:
     start(strategy)              the mesh is there: refuse what does not work in this plan
+    whole(name, model)           a model is about to be split into the stages of a pipeline, each of which is prepared on its own
     prepare_model(name, model)   the model is whole, maybe without values: check it, replace or patch modules
     wants(name, model, path, module)
     cut(name, model, path, module)
@@ -57,6 +58,9 @@ class Part:
     @property
     def mesh(self) -> Mesh:
         return self.strategy.mesh
+
+    def whole(self, name: str, model: nn.Module) -> None:
+        """Check what no stage of `model` can tell."""
 
     def prepare_model(self, name: str, model: nn.Module) -> None:
         """Check and patch `model`, in place."""

@@ -102,6 +102,8 @@ class PipelineStrategy(FSDPStrategy):
         if self.inference:
             model.requires_grad_(False)
             model.eval()
+        for part in self._parts:
+            part.whole(name, model)
         chosen = {id(module) for _, module in choose_units(model, self.units)}
         ignored = _parameters_of(name, model, self.ignored_parameters)
         pipe = PipelinedModel(name, model, self.pipeline, self.mesh, self.device)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import ConfigError
 from .units import repeated_blocks
@@ -23,7 +22,7 @@ from .units import repeated_blocks
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Blocks", "Gathered", "HeldWhole", "SequenceBlocks", "blocks_of", "own_outputs"]
+__all__ = ["Blocks", "Gathered", "HeldWhole", "SequenceBlocks", "blocks_of"]
 
 _HIDDEN = ("hidden_states", "x", "hidden", "input", "inputs")
 """What the argument is called that goes through a block, where it is passed by name."""
@@ -189,36 +188,6 @@ class SequenceBlocks(ParallelStyle):
         if self.leaves:
             module.register_forward_hook(leave)
         return module
-
-
-class _Own(torch.autograd.Function):
-    """The same memory, as a tensor that is no view. `to_local` returns views, and where one is the output of a unit of
-    fully_shard, an operation in place on it (`logits /= temperature`) would drop the hook that gathers the unit again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        return grad_outputs[0]
-
-
-def own_outputs(module: nn.Module) -> None:
-    """Let a unit return tensors that are no views. One whose first outputs are none is not looked at again."""
-
-    def own(part: Tensor) -> Tensor:
-        return _Own.apply(part) if part.requires_grad and part._is_view() and not isinstance(part, DTensor) else part
-
-    def leave(module: nn.Module, args: Any, output: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return output
-        owned = tree_map_only(Tensor, own, output)  # in whatever transformers' models return
-        if all(a is b for a, b in zip(tree_leaves(owned), tree_leaves(output), strict=True)):
-            handle.remove()
-        return owned
-
-    handle = module.register_forward_hook(leave)
 
 
 def _piece(part: Tensor, mesh: DeviceMesh, placement: Shard) -> DTensor:

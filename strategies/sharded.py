@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import gradients, materialize
 from .errors import ConfigError, suggest
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 CUT_UP = ShardedState.SHARDED
 
-__all__ = ["CUT_UP", "Shape", "Sharded", "check_model", "persistent_buffers"]
+__all__ = ["CUT_UP", "Shape", "Sharded", "check_model", "own_outputs", "persistent_buffers"]
 
 
 class Shape(Protocol):
@@ -151,6 +152,7 @@ class Sharded:
                 self._begin(parameter, group)
             if shape is not None:
                 shape.unit(name, module)
+            own_outputs(module)  # before torch's hook, which takes no views
             fully_shard(
                 module,
                 mp_policy=policy(root),
@@ -357,3 +359,33 @@ def _inside(context: Any, forward: Callable[..., Any], device_type: str) -> Call
         return widened(output) if outermost else output
 
     return run
+
+
+class _Own(torch.autograd.Function):
+    """The same memory, as a tensor that is no view. An nn.Linear and `to_local` return views, and where one is the output of a
+    unit of fully_shard, an operation in place on it (`logits /= temperature`) would drop the hook that gathers the unit again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return grad_outputs[0]
+
+
+def own_outputs(module: nn.Module) -> None:
+    """Let a unit return tensors that are no views. One whose first outputs are none is not looked at again."""
+
+    def own(part: Tensor) -> Tensor:
+        return _Own.apply(part) if part.requires_grad and part._is_view() and not isinstance(part, DTensor) else part
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return output
+        owned = tree_map_only(Tensor, own, output)  # in whatever transformers' models return
+        if all(a is b for a, b in zip(tree_leaves(owned), tree_leaves(output), strict=True)):
+            handle.remove()
+        return owned
+
+    handle = module.register_forward_hook(leave)

@@ -41,7 +41,7 @@ from torch.distributed.tensor.parallel import (
 from . import dtensors
 from .errors import ConfigError, UnknownName, suggest
 from .parts import Part
-from .sequence_styles import Gathered, HeldWhole, SequenceBlocks, blocks_of, own_outputs
+from .sequence_styles import Gathered, HeldWhole, SequenceBlocks, blocks_of
 from .tensor_plans import Chosen, choose_styles, heads_of, match_styles
 
 if TYPE_CHECKING:
@@ -141,6 +141,11 @@ class TensorParallel(Part):
         return self.mesh.size("tp")
 
     # -- before anything is cut -----------------------------------------------------------------------------------------
+    def whole(self, name: str, model: nn.Module) -> None:
+        """Refuse a pattern that fits nothing: of a stage's names it may miss some."""
+        if isinstance(self.plan.styles, Mapping):
+            match_styles(model, self.plan.styles)
+
     def prepare_model(self, name: str, model: nn.Module) -> None:
         """Decide the style of each module, and check that it can be cut so.
 
@@ -289,9 +294,6 @@ class TensorParallel(Part):
                 if id(parameter) in self._shared:
                     assert isinstance(new, nn.Parameter)
                     self._tied[id(parameter)] = (parameter, new)
-
-    def unit(self, path: str, module: nn.Module) -> None:
-        own_outputs(module)  # before torch's hook, which takes no views
 
     def sharded(self, name: str, model: nn.Module) -> None:
         if self.strategy.world.parameter_device.type != "meta":  # a dry run has no values to look at

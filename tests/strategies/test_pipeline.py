@@ -378,8 +378,9 @@ def refused(**options: Any) -> str:
         ({"pipeline": Pipeline(schedule="interleaved")}, "2 part"),
         ({"ignored_parameters": ["nothing"]}, "nothing"),
         ({}, "no rank has all of it"),
+        ({"plan": ParallelPlan(tp=2, pp=2), "tensor_parallel": {"0": "colwise", "2": "rowwise"}}, "called '2'"),
     ],
 )
 def test_what_does_not_work_is_refused_by_name(options: dict[str, Any], why: str, ranks: Any) -> None:
-    for message in ranks(2, refused, **options):
+    for message in ranks(4 if "plan" in options else 2, refused, **options):
         assert why in message

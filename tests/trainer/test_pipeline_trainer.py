@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from drivetrain import Trainer, TrainingModule
 from drivetrain.callbacks.checkpoint import Checkpoint
 from drivetrain.callbacks.loggers.jsonl import read_metrics
 from drivetrain.strategies.errors import ConfigError, NonFiniteError
+from drivetrain.strategies.mesh import ParallelPlan
+from drivetrain.strategies.parallel import ParallelStrategy
 from drivetrain.strategies.world import World
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -185,6 +188,8 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_is_bit_for_bit_the_same(
         pytest.param(("ddp", 2), ("pp:2", 2), marks=pytest.mark.slow),
         pytest.param(("fsdp:2+pp:2", 4), ("pp:2", 2), marks=pytest.mark.slow),
         pytest.param(("pp:2", 2), ("ddp", 2), marks=pytest.mark.slow),
+        pytest.param(("pp:2", 2), ("fsdp", 2), marks=pytest.mark.slow),
+        pytest.param(("fsdp", 2), ("pp:2", 2), marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_crosses_to_and_from_other_strategies(
@@ -213,6 +218,22 @@ class Exploding(Words):
         return loss * (float("nan") if self.global_step == 2 else 1.0)
 
 
+class Once(Words):
+    """The loss of the third batch is not finite."""
+
+    def compute_loss(self, output: Tensor, batch: Any) -> Any:
+        loss = super().compute_loss(output, batch)
+        return loss * (float("nan") if self.trainer.progress.batches == 2 else 1.0)
+
+
+class Spiking(Words):
+    """The loss of the third batch is far above the others."""
+
+    def compute_loss(self, output: Tensor, batch: Any) -> Any:
+        loss = super().compute_loss(output, batch)
+        return loss * (1000.0 if self.trainer.progress.batches == 2 else 1.0)
+
+
 def explode(root: Path, **options: Any) -> Any:
     try:
         return fit(root, "pp:2", make=Exploding, max_epochs=1, **options)["logged"]["loss"]
@@ -224,6 +245,84 @@ def test_a_loss_that_is_not_finite_raises_on_every_rank(ranks: Any, tmp_path: Pa
     first, second = ranks(2, explode, tmp_path)
     assert "The loss is nan" in first
     assert "The loss is nan" in second
+
+
+class Limited(Spiking):
+    """Leaves out a step whose loss is above 100, as rollbacks do, and counts what was left out."""
+
+    def on_train_start(self) -> None:
+        self.trainer.accelerator.loss_limit = torch.tensor(100.0)
+
+    def on_train_end(self) -> None:
+        self.left_out = self.trainer.accelerator.nonfinite_steps
+
+
+def left_out(root: Path, strategy: str, make: Callable[[], Words], **options: Any) -> tuple[dict[str, Any], int]:
+    """What was logged in one epoch, and how many steps were left out."""
+    made: list[Words] = []
+
+    def keep() -> Words:
+        made.append(make())
+        return made[0]
+
+    found = fit(root, strategy, make=keep, nonfinite="skip", max_epochs=1, **options)
+    return found["logged"], made[0].__dict__.get("left_out", -1)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_over_a_limit_of_the_loss_are_left_out_as_on_one_process(accumulate: int, ranks: Any, tmp_path: Path) -> None:
+    """Also where only one micro-batch of a window is above it, whose gradients are on their way when that is known."""
+    options = {"accumulate_grad_batches": accumulate, "global_batch_size": None}
+    ((truth, skipped),) = ranks(1, left_out, tmp_path / "one", "single", Limited, **options)
+    assert skipped == 1
+    for logged, count in ranks(2, left_out, tmp_path / "many", "pp:2", Limited, **options):
+        assert count == skipped
+        if logged:
+            assert logged["loss"] == pytest.approx(truth["loss"], rel=1e-11)
+            assert logged["val_loss"] == pytest.approx(truth["val_loss"], rel=1e-11)
+
+
+def test_steps_without_a_finite_loss_are_left_out_as_on_one_process(ranks: Any, tmp_path: Path) -> None:
+    ((truth, _),) = ranks(1, left_out, tmp_path / "one", "single", Once)
+    (logged, _), _ = ranks(2, left_out, tmp_path / "many", "pp:2", Once)
+    assert [math.isnan(loss) for loss in truth["loss"]] == [i == 2 for i in range(len(truth["loss"]))]
+    assert logged["loss"] == pytest.approx(truth["loss"], rel=1e-11, nan_ok=True)
+    assert logged["val_loss"] == pytest.approx(truth["val_loss"], rel=1e-11)
+
+
+class Noisy(nn.Module):
+    """Notes what it would drop."""
+
+    def __init__(self, drawn: list[float]) -> None:
+        super().__init__()
+        self.linear, self.drawn = nn.Linear(DIM, DIM), drawn
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.drawn.append(float(torch.rand(())))
+        return x + self.linear(x)
+
+
+class Dropping(Words):
+    def __init__(self, drawn: list[float]) -> None:
+        super().__init__()
+        self.net.layers = nn.ModuleList(Noisy(drawn).double() for _ in range(4))
+
+
+def drawn(root: Path, strategy: Any) -> list[float]:
+    numbers: list[float] = []
+    fit(root, strategy, make=lambda: Dropping(numbers), max_epochs=1)
+    return numbers
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("dualpipev", marks=pytest.mark.slow)])
+def test_no_two_stages_draw_the_same_random_numbers(schedule: str, ranks: Any, tmp_path: Path) -> None:
+    """Masks of dropout would repeat from stage to stage."""
+    strategy = ParallelStrategy(plan=ParallelPlan(pp=2), pipeline=schedule)
+    first, second = ranks(2, drawn, tmp_path, strategy)
+    assert len(first) >= 20
+    assert len(second) >= 20
+    assert len({*first, *second}) == len(first) + len(second)
 
 
 class NoLoss(Words):
