@@ -8,6 +8,7 @@ actor near the reference, which is evaluated only. One backward pass reaches bot
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
 import torch
 from drivetrain import Accelerator, Strategy
@@ -31,6 +32,27 @@ def joint_loss(actor: nn.Module, critic: nn.Module, reference: nn.Module, seen: 
     return -gain.mean() + (guess - pay).pow(2).mean() + 0.05 * distance.mean(), pay.mean()
 
 
+def train(accelerator: Accelerator, batches: Iterable[Tensor]) -> tuple[dict[str, nn.Module], float]:
+    """Return the three models and a running mean of the pay. `accelerator` has a strategy for each of them."""
+    torch.manual_seed(0)
+    actor, critic, reference = net(4), net(1), net(4)
+    reference.load_state_dict(actor.state_dict())
+    trained = {"actor": actor, "critic": critic}
+    models = trained | {"reference": reference}
+    prepared, optimizers = accelerator.prepare_models(
+        models, lambda: {n: torch.optim.Adam(m.parameters(), lr=3e-3) for n, m in trained.items()}
+    )
+    mean = 0.0
+    for seen in batches:
+        loss, pay = joint_loss(prepared["actor"], prepared["critic"], prepared["reference"], seen)
+        accelerator.backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        mean += 0.05 * (float(pay) - mean)
+    return models, mean
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-steps", type=int, default=300)
@@ -38,21 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     held = {"actor": options.strategy, "critic": options.strategy, "reference": Strategy(inference=True)}
     accelerator = Accelerator(models=held)
-    torch.manual_seed(0)
-    actor, critic, reference = net(4), net(1), net(4)
-    reference.load_state_dict(actor.state_dict())
-    trained = {"actor": actor, "critic": critic}
-    prepared, optimizers = accelerator.prepare_models(
-        trained | {"reference": reference}, lambda: {n: torch.optim.Adam(m.parameters(), lr=3e-3) for n, m in trained.items()}
-    )
-    mean = 0.0
-    for _ in range(options.max_steps):
-        loss, pay = joint_loss(prepared["actor"], prepared["critic"], prepared["reference"], torch.randn(64, 4))
-        accelerator.backward(loss)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        mean += 0.05 * (float(pay) - mean)
+    mean = train(accelerator, (torch.randn(64, 4) for _ in range(options.max_steps)))[1]
     accelerator.print(f"mean pay: {mean:.2f}; the best arm pays about 1.03, a blind choice 0")
     accelerator.end_training()
 

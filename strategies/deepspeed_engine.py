@@ -58,6 +58,8 @@ def library(device: torch.device) -> Any:
                 import deepspeed.runtime.zero.muon.muon_optimizer
                 from deepspeed.utils import logger
 
+                # Found by trying a compiler, which says on the screen what it misses. Once, before any process is forked.
+                _ = deepspeed.ops.__compatible_ops__
             # Its warnings are about what this strategy decides, and does on purpose.
             logger.setLevel(logging.ERROR)
         import deepspeed
