@@ -27,5 +27,5 @@ def check_dispatched(name: str, model: nn.Module, strategy: Strategy) -> None:
         places = ", ".join(sorted({str(place) for place in device_map.values()}))
         raise ConfigError(
             f"The model {name!r} ({type(model).__name__}) is dispatched over {places}, and strategy={strategy.name!r} would "
-            "move it to one device. Use strategy='offload' (one process), or prepare the model as it was before it was dispatched."
+            "move it to one device. Use strategy='offload' (one process), or prepare the model as it was before that."
         )

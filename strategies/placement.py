@@ -129,9 +129,9 @@ def get_balanced_memory(
     # The smallest share with which the blocks, which are not split, find room in their order.
     for percent in range(100, 400, 2):
         share = -(-(total - first) * percent // (100 * len(sharing)))
-        tried: dict[Place, int] = {d: min(limits[d], share) for d in sharing} | (
-            {devices[0]: min(limits[devices[0]], first)} if low_zero else {}
-        )
+        tried: dict[Place, int] = {d: min(limits[d], share) for d in sharing}
+        if low_zero:
+            tried[devices[0]] = min(limits[devices[0]], first)
         if _fill_in_order(items, devices, tried, {}):
             # The last keeps its own limit: another type or a buffer more must not send a block to the host.
             return limits | tried | {devices[-1]: limits[devices[-1]]}

@@ -67,7 +67,8 @@ def load_checkpoint_and_dispatch(
         io: how files are read: "cached", "drop" or "direct" (sources.py).
         activations: bytes to leave free where the model computes.
         model_name: which model of a checkpoint of ours.
-        offload_folder, offload_state_dict, offload_buffers, force_hooks: accepted; nothing is copied, and buffers are small.
+        offload_folder, offload_state_dict, force_hooks: accepted, and not needed: nothing is copied.
+        offload_buffers: refused where it would matter: a buffer of ours is where its module computes, for modules write to them.
     Raises:
         CheckpointError: the weights of another model. ConfigError: a map that fits neither the model nor the machine.
     """
@@ -76,6 +77,8 @@ def load_checkpoint_and_dispatch(
     number = 2 if prefetch else 1
     options: dict[str, Any] = {"dtype": wanted, "activations": activations, "num_buffers": number}
     places = make_device_map(model, "cpu" if device_map is None else device_map, max_memory, together, **options)
+    if offload_buffers:
+        _check_buffers(model, places)
     source = open_source(checkpoint, io=io, model=model_name)
     return _place(model, places, source, wanted, together, strict=strict, num_buffers=number, skip_keys=skip_keys)
 
@@ -149,6 +152,7 @@ def dispatch_model(
         state_dict: values to take instead of the model's own.
         offload_dir: the folder that gets what the map puts on the "disk", as safetensors, or has it already.
         offload_index: not needed: the files of `offload_dir` say themselves what is in them.
+        offload_buffers: as for `load_checkpoint_and_dispatch`.
     Raises:
         ConfigError: "disk" without `offload_dir`, a model that is dispatched already, values missing.
     """
@@ -160,6 +164,8 @@ def dispatch_model(
     together = [*(no_split_module_classes or ()), *(preload_module_classes or ())] or None
     number = 2 if prefetch else 1
     places = make_device_map(model, device_map, max_memory, together, activations=activations, num_buffers=number)
+    if offload_buffers:
+        _check_buffers(model, places)
     own: dict[str, Tensor] = {n: t for n, t in tensors_of(model).items() if not t.is_meta}
     if state_dict is not None:
         own |= dict(state_dict)
@@ -210,8 +216,8 @@ class _Both(Source):
     def layout(self, wanted: Mapping[str, torch.dtype]) -> Any:
         return (self.files if all(n in self._there for n in wanted) else super()).layout(wanted)
 
-    def fill(self, layout: Any, buffer: Tensor) -> None:
-        (self.files if all(n in self._there for n in layout.places) else super()).fill(layout, buffer)
+    def parts(self, layout: Any, buffer: Tensor) -> Any:
+        return (self.files if all(n in self._there for n in layout.places) else super()).parts(layout, buffer)
 
     def forget(self, keep: Iterable[str]) -> None:
         self._memory.forget(keep)
@@ -227,6 +233,23 @@ def _device(place: Any) -> torch.device:
         assert kind is not None
         return torch.device(kind.type, place)
     return torch.device("cpu" if place == "disk" else place)
+
+
+def _check_buffers(model: nn.Module, places: Mapping[str, Any]) -> None:
+    """Refuse to offload buffers.
+
+    Raises:
+        ConfigError: with the buffers that lie in offloaded modules, and their bytes. Without any there is nothing to refuse.
+    """
+    main = main_place(places.values())
+    away = {"disk"} if main == "cpu" else {"disk", "cpu"}
+    found = {n: b.numel() * b.element_size() for n, b in model.named_buffers() if place_of(n, places) in away}
+    if found:
+        some = ", ".join(list(found)[:3]) + (" ..." if len(found) > 3 else "")
+        raise ConfigError(
+            f"offload_buffers=True: the buffers {some} ({sum(found.values()):,} bytes) would be read anew for each forward, and "
+            "what their modules write to them lost. They stay where the model computes; leave offload_buffers out."
+        )
 
 
 def _match(model: nn.Module, source: Source, strict: bool) -> dict[str, str]:
@@ -287,11 +310,14 @@ def _give(
         return
     values = torch.empty(old.shape, dtype=dtype, device=device)
     source.read_into(stored, values)
-    new: Tensor = nn.Parameter(values, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else values
+    parameter = nn.Parameter(values, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else None
     for name in names:
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
-        (module._parameters if isinstance(old, nn.Parameter) else module._buffers)[key] = new
+        if parameter is None:
+            module._buffers[key] = values
+        else:
+            module._parameters[key] = parameter
 
 
 def _fill_rest(model: nn.Module, loaded: set[str]) -> None:

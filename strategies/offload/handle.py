@@ -142,6 +142,9 @@ class Weights:
             model.__dict__.pop(key, None)
 
 
+_parse_to: Callable[..., Any] = torch._C._nn._parse_to  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def guard(model: nn.Module, handle: Weights) -> None:
     """Note `handle` on the model; refuse what would move or convert weights that are not there."""
     object.__setattr__(model, "_offloaded_weights", handle)
@@ -153,7 +156,7 @@ def guard(model: nn.Module, handle: Weights) -> None:
         own = getattr(type(model), method, None)
 
         def refused(*args: Any, **kwargs: Any) -> Any:
-            device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs) if method == "to" else (None, None)
+            device, dtype, *_ = _parse_to(*args, **kwargs) if method == "to" else (None, None)
             if method == "to" and dtype is None and (device is None or device == handle.device):
                 return model
             raise ConfigError(

@@ -16,6 +16,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +33,10 @@ PAGE = 4096
 """Bytes to which buffers, and reads past the page cache, are aligned."""
 _ALIGN = 64
 """Bytes of a cache line: a tensor that starts there is read fastest."""
-_PIECE = 16 * 2**20
-"""Bytes of one read: the pages of the last one can be given back while the next one is under way."""
+_PIECE = 4 * 2**20
+"""Bytes of one read: small enough that two threads which share a block are done with it at about the same time."""
+_DIRECT_PIECE = 16 * 2**20
+"""The same past the page cache, where each read waits for the disk by itself."""
 IO = ("cached", "direct", "drop")
 _TORCH = {code: dtype for dtype, code in DTYPES.values() if code}
 
@@ -99,10 +102,20 @@ class Source:
         end = _place_each(wanted, self.info, places, 0)
         return Layout(end, places, single=tuple(wanted))
 
+    def parts(self, layout: Layout, buffer: Tensor) -> list[Callable[[], None]]:
+        """Return what `fill` does as calls that several threads may share, in any order, each call once."""
+
+        def singly() -> None:
+            for name in layout.single:
+                self.read_into(name, layout.view(buffer, name))
+
+        return [singly] if layout.single else []
+
     def fill(self, layout: Layout, buffer: Tensor) -> None:
         """Read all tensors of `layout` into `buffer`: uint8, contiguous, on the CPU, page-aligned."""
-        for name in layout.single:
-            self.read_into(name, layout.view(buffer, name))
+        with torch.inference_mode(False), torch.no_grad():
+            for part in self.parts(layout, buffer):
+                part()
 
     def close(self) -> None:
         """Let go of files."""
@@ -247,16 +260,19 @@ class FileSource(Source):
         end = _place_each(converted, self.info, places, end)
         return Layout(end, places, tuple(runs), tuple(converted))
 
-    def fill(self, layout: Layout, buffer: Tensor) -> None:
+    def parts(self, layout: Layout, buffer: Tensor) -> list[Callable[[], None]]:
+        made: list[Callable[[], None]] = []
         for run in layout.runs:
-            if run.direct:
-                first, last = run.start // PAGE * PAGE, _up(run.start + run.num_bytes, PAGE)
-                self._read(
-                    run.path, first, buffer, run.offset - run.start % PAGE, last - first, run.num_bytes + run.start - first
-                )
-            else:
-                self._read(run.path, run.start, buffer, run.offset, run.num_bytes)
-        super().fill(layout, buffer)
+            self._descriptor(run.path, run.direct)  # opened here, by one thread
+            step = _DIRECT_PIECE if run.direct else _PIECE
+            first = run.start // PAGE * PAGE if run.direct else run.start
+            end = run.start + run.num_bytes
+            last = _up(end, PAGE) if run.direct else end
+            for start in range(first, last, step):
+                size = min(step, last - start)
+                needed = min(end - start, size) if run.direct else None
+                made.append(partial(self._read, run.path, start, buffer, run.offset + start - run.start, size, needed))
+        return [*made, *super().parts(layout, buffer)]
 
     def read_into(self, name: str, out: Tensor) -> None:
         path, start, num_bytes, dtype, shape = self._spans[name]
@@ -287,7 +303,7 @@ class FileSource(Source):
         done = 0
         while done < (num_bytes if needed is None else needed):
             try:
-                got = os.preadv(descriptor, [target[done : done + _PIECE]], start + done)
+                got = os.preadv(descriptor, [target[done:] if needed is not None else target[done : done + _PIECE]], start + done)
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read at byte {start + done:,}: {error.strerror}.") from None
             if not got:

@@ -6,6 +6,8 @@
 `acquire(block)` waits until the block is in a buffer, `release` gives the buffer back. What comes next is learned: after this
 use came that use the last time; before there was a last time, blocks come in their order, and after the last of a token the first
 of the next. Backward passes are uses of their own, so a training's zigzag is learned as well. A wrong guess costs one read.
+Who has to wait helps: a block is read in parts, and the thread that computes takes parts of the block it needs as the reader does.
+So where reading takes longer than computing both cores read, and a reader that is not given a core holds nobody up.
 On an accelerator a buffer is a pair: pinned host memory that the file is read into, and device memory that it is copied to on a
 stream of its own; events keep copies and kernels apart.
 """
@@ -19,7 +21,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +35,8 @@ __all__ = ["Block", "Stats", "Stream", "host_buffer"]
 
 Use = tuple[str, int]
 """("forward" or "backward", index of the block)."""
+Part = Callable[[], Iterable[Callable[[], None]] | None]
+"""A piece of a block's reading; the first one returns the others."""
 
 
 @dataclass
@@ -52,9 +56,9 @@ class Stats:
     reads: int = 0
     num_bytes: int = 0
     read_s: float = 0.0
-    """Seconds that the reads took, whoever waited for them."""
+    """Seconds that the reads took, of all threads together, whoever waited for them."""
     waited_s: float = 0.0
-    """Seconds that the computation waited."""
+    """Seconds that the computation waited, or helped to read what it waited for."""
     missed: int = 0
     """Uses whose block nobody had asked for in time."""
 
@@ -70,6 +74,8 @@ class Slot:
     ready: bool = False
     users: int = 0
     error: BaseException | None = None
+    parts: deque[Part] = field(default_factory=deque)  # of the block that is to be read, those that nobody has begun
+    reading: int = 0  # parts that are under way
     copied: Any = None  # events, on accelerators
     freed: Any = None
     views: dict[int, Any] = field(default_factory=dict)  # what the user of the stream keeps for each block in this buffer
@@ -120,10 +126,13 @@ class Stream:
         self._next: dict[Use, Use] = {}
         self._last: Use | None = None
         self._backward_slot: Slot | None = None
-        self._turn = threading.Condition()
-        self._jobs: deque[tuple[Slot, int]] = deque()
+        self._turn = threading.Condition(threading.Lock())
+        self._jobs: list[Slot] = []
         self._reader: tuple[int, threading.Thread] | None = None
         self._closed = False
+        if self._side is not None:
+            # Memory that a copy still writes to must not go to somebody else.
+            weakref.finalize(self, self._side.synchronize).atexit = False
 
     @property
     def num_bytes(self) -> int:
@@ -151,13 +160,13 @@ class Stream:
                 slot = self._victim(block)
                 self._order(slot, block, first=True)
             slot.users += 1
-            if not self.prefetch:
-                self._work_off()
-            elif not slot.ready:
+            if not slot.ready:
                 begin = time.perf_counter()
-                while not slot.ready and slot.error is None:
-                    self._start_reader()
-                    self._turn.wait(5)
+                while not slot.ready and (slot.error is None or slot.reading):
+                    if slot.parts:
+                        self._work(slot)
+                    else:  # the reader is at the last ones
+                        self._turn.wait(5)
                 self.stats.waited_s += time.perf_counter() - begin
             if slot.error is not None:
                 error, slot.error, slot.block = slot.error, None, None
@@ -228,7 +237,6 @@ class Stream:
                 if slot is None:
                     return
                 self._order(slot, block)
-                self._start_reader()
 
     def _victim(self, block: int) -> Slot:
         """A buffer that nobody computes with; one that is being filled only when there is no other. The lock is held."""
@@ -240,20 +248,25 @@ class Stream:
                     f"{self.blocks[block].name} is needed while all {len(self.slots)} buffers are in use ({inside}): offloaded "
                     "modules lie one inside the other. Name the outer one's class in no_split_module_classes."
                 )
-            settled = [s for s in free if s.ready or s.block is None or s.error is not None]
-            if settled:
-                settled[0].error = None
-                return settled[0]
+            still = [s for s in free if not s.reading]
+            if still:
+                slot = next((s for s in still if s.ready or s.block is None or s.error is not None), still[0])
+                slot.error = None
+                slot.parts.clear()  # what was foreseen in vain
+                if slot in self._jobs:
+                    self._jobs.remove(slot)
+                return slot
             self._turn.wait(5)
 
     # -- reading ------------------------------------------------------------------------------------------------------
     def _order(self, slot: Slot, block: int, *, first: bool = False) -> None:
+        """Have `block` read into `slot`. The lock is held."""
         slot.block, slot.ready = block, False
-        if first:
-            self._jobs.appendleft((slot, block))
-        else:
-            self._jobs.append((slot, block))
-        self._turn.notify_all()
+        slot.parts.append(lambda: self._begin(slot, self.blocks[block]))
+        self._jobs.insert(0 if first else len(self._jobs), slot)
+        if self.prefetch:
+            self._start_reader()
+            self._turn.notify_all()
 
     def _start_reader(self) -> None:
         """Start the reader thread, once in each process: a thread does not survive a fork. The lock is held."""
@@ -262,47 +275,69 @@ class Stream:
             self._reader = (os.getpid(), thread)
             thread.start()
 
-    def _work_off(self) -> None:
-        """Read in this thread what was ordered. The lock is held."""
+    def _work(self, slot: Slot) -> None:
+        """Read one part of what `slot` is to hold; an error is kept for whoever acquires it. The lock is held, but not meanwhile."""
+        part = slot.parts.popleft()
+        slot.reading += 1
         begin = time.perf_counter()
-        while self._jobs:
-            self._run(*self._jobs.popleft())
-        self.stats.waited_s += time.perf_counter() - begin
-
-    def _run(self, slot: Slot, block: int) -> None:
-        """Fill `slot` with `block`; an error is kept for whoever acquires it. Called without the lock, or by its owner."""
-        begin = time.perf_counter()
+        more: Iterable[Callable[[], None]] | None = None
+        error: BaseException | None = None
+        self._turn.release()
         try:
             with torch.inference_mode(False), torch.no_grad():
-                self._fill(slot, self.blocks[block])
+                more = part()
+        except BaseException as caught:
+            error = caught
+        finally:
+            self._turn.acquire()
+        slot.reading -= 1
+        self.stats.read_s += time.perf_counter() - begin
+        if error is not None:
+            slot.error = slot.error or error
+            slot.parts.clear()
+        elif more and slot.error is None:
+            slot.parts.extend(more)
+            self._turn.notify_all()
+        if slot.parts or slot.reading:
+            return
+        if slot in self._jobs:
+            self._jobs.remove(slot)
+        if slot.error is None:
+            assert slot.block is not None
+            self._end(slot, self.blocks[slot.block])
+        self._turn.notify_all()
+
+    def _begin(self, slot: Slot, block: Block) -> list[Callable[[], None]]:
+        """Return the parts in which `block` comes into `slot`'s memory on this side."""
+        size = block.layout.num_bytes
+        if self._side is None:
+            flat = block.flat
+            return block.source.parts(block.layout, slot.device) if flat is None else [lambda: _copy(slot.device[:size], flat)]
+        if block.flat is not None:
+            return []
+        assert slot.host is not None
+        if slot.copied is not None:
+            slot.copied.synchronize()  # the copy of what was in the host memory
+        return block.source.parts(block.layout, slot.host)
+
+    def _end(self, slot: Slot, block: Block) -> None:
+        """All parts have come: to the accelerator with them. The lock is held, and nothing here waits."""
+        try:
+            if self._side is not None:
+                size = block.layout.num_bytes
+                from_host = slot.host[:size] if block.flat is None and slot.host is not None else block.flat
+                assert from_host is not None
+                if slot.freed is not None:
+                    self._side.wait_event(slot.freed)
+                with torch.inference_mode(False), torch.no_grad(), self._side:
+                    slot.device[:size].copy_(from_host, non_blocking=True)
+                slot.copied = self._side.record_event()
         except BaseException as error:
             slot.error = error
             return
         self.stats.reads += 1
-        self.stats.num_bytes += self.blocks[block].layout.num_bytes
-        self.stats.read_s += time.perf_counter() - begin
+        self.stats.num_bytes += block.layout.num_bytes
         slot.ready = True
-
-    def _fill(self, slot: Slot, block: Block) -> None:
-        size = block.layout.num_bytes
-        if self._side is None:
-            if block.flat is not None:
-                slot.device[:size].copy_(block.flat)
-            else:
-                block.source.fill(block.layout, slot.device)
-            return
-        from_host = block.flat
-        if from_host is None:
-            assert slot.host is not None
-            if slot.copied is not None:
-                slot.copied.synchronize()  # the copy of what was in the host memory
-            block.source.fill(block.layout, slot.host)
-            from_host = slot.host[:size]
-        if slot.freed is not None:
-            self._side.wait_event(slot.freed)
-        with self._side:
-            slot.device[:size].copy_(from_host, non_blocking=True)
-        slot.copied = self._side.record_event()
 
     def read_once(self) -> float:
         """Read every block once, computing nothing; return the seconds. For measuring what reading costs here."""
@@ -312,10 +347,12 @@ class Stream:
                 while any(not s.ready and s.block is not None and s.error is None for s in self.slots):
                     self._turn.wait(1)
                 slot = self._victim(index)
-                slot.block, slot.ready = index, False
-            self._run(slot, index)
-            if slot.error is not None:
-                raise slot.error
+                self._order(slot, index)
+                self._jobs.remove(slot)  # not for the reader
+                while slot.parts:
+                    self._work(slot)
+                if slot.error is not None:
+                    raise slot.error
         if self._side is not None:
             self._side.synchronize()
         return time.perf_counter() - begin
@@ -328,7 +365,13 @@ class Stream:
             self._turn.notify_all()
         if self._reader is not None and self._reader[0] == os.getpid():
             self._reader[1].join()
+        if self._side is not None:
+            self._side.synchronize()
         self.slots.clear()
+
+
+def _copy(target: Tensor, values: Tensor) -> None:
+    target.copy_(values)
 
 
 def _read_loop(reference: weakref.ref[Stream]) -> None:
@@ -338,13 +381,11 @@ def _read_loop(reference: weakref.ref[Stream]) -> None:
         if stream is None:
             return
         with stream._turn:
-            if not stream._jobs and not stream._closed:
+            slot = next((s for s in stream._jobs if s.parts), None)
+            if slot is None and not stream._closed:
                 stream._turn.wait(1)
             if stream._closed:
                 return
-            job = stream._jobs.popleft() if stream._jobs else None
-        if job is not None:
-            stream._run(*job)
-            with stream._turn:
-                stream._turn.notify_all()
-        del stream, job
+            if slot is not None:
+                stream._work(slot)
+        del stream, slot

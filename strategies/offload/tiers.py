@@ -52,7 +52,7 @@ def cpu_offload(
     """
     device = _main(execution_device)
     options: dict[str, Any] = {"state_dict": state_dict, "preload_module_classes": preload_module_classes, "prefetch": prefetch}
-    return dispatch_model(model, {"": "cpu"}, main_device=device, **options)
+    return dispatch_model(model, {"": "cpu"}, main_device=device, offload_buffers=offload_buffers, **options)
 
 
 def disk_offload(
@@ -71,6 +71,7 @@ def disk_offload(
     """
     device = _main(execution_device)
     options: dict[str, Any] = {"preload_module_classes": preload_module_classes, "prefetch": prefetch, "io": io}
+    options["offload_buffers"] = offload_buffers
     return dispatch_model(model, {"": "disk"}, main_device=device, offload_dir=offload_dir, **options)
 
 

@@ -13,6 +13,8 @@ Each method runs in a process of its own that generates greedily from the same p
 Memory is VmHWM of the process, transformers included, above what it had after `import torch`. Beside the time a token stand, from
 the same process, the time to read all blocks and compute nothing, and to compute on what is in the buffers and read nothing:
     overhead         seconds a token / the larger of the two
+    cpu              processor time a token / that of reading plus that of computing, all threads: what doing both at once costs.
+                     Other programs on the same cores lengthen seconds, and hardly this.
 `same` compares tokens and the last logits, bit for bit, with `whole`.
 """
 
@@ -59,22 +61,42 @@ def make_weights(folder: Path, gigabytes: float) -> int:
     import torch
     from drivetrain.strategies.checkpoint.weights import save_weights
 
-    (folder / "model_config.json").write_text(json.dumps(config_for(gigabytes)))
-    model = build(folder)
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    config = config_for(gigabytes)
+    (folder / "model_config.json").write_text(json.dumps(config))
+    shapes = shapes_of(config)
 
     def read(names: Sequence[str]) -> Mapping[str, torch.Tensor]:
         made = {}
         for name in names:
-            draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            scale = 1.0 if len(shapes[name]) == 1 else 0.02
             values = torch.empty(shapes[name], dtype=torch.bfloat16)
-            made[name] = values.fill_(scale) if len(shapes[name]) == 1 else values.normal_(0, scale, generator=draw)
+            if len(shapes[name]) == 1:
+                made[name] = values.fill_(1.0)
+                continue
+            # A few rows are drawn and repeated: drawing 4 GB takes a minute.
+            draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            rows = torch.empty((min(64, shapes[name][0]), shapes[name][1])).normal_(0, 0.02, generator=draw).to(torch.bfloat16)
+            for start in range(0, shapes[name][0], len(rows)):
+                part = values[start : start + len(rows)]
+                part.copy_(rows[: len(part)].roll(start // len(rows), 1))
+            made[name] = values
         return made
 
     sizes = {n: torch.Size(s).numel() * 2 for n, s in shapes.items()}
     save_weights(folder, sizes, read, max_shard_size="500MB")
     return sum(sizes.values())
+
+
+def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of the weights of transformers' Llama, whose import takes longer than writing them."""
+    width, inner, words = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, width)}
+    for i in range(config["num_hidden_layers"]):
+        for key in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            shapes[f"model.layers.{i}.self_attn.{key}.weight"] = (width, width)
+        shapes |= {f"model.layers.{i}.mlp.{key}.weight": (inner, width) for key in ("gate_proj", "up_proj")}
+        shapes[f"model.layers.{i}.mlp.down_proj.weight"] = (width, inner)
+        shapes |= {f"model.layers.{i}.{key}.weight": (width,) for key in ("input_layernorm", "post_attention_layernorm")}
+    return {**shapes, "model.norm.weight": (width,), "lm_head.weight": (words, width)}
 
 
 def build(folder: Path) -> Any:
@@ -101,7 +123,7 @@ def memory(key: str) -> int:
     raise LookupError(key)
 
 
-def child(method: str, folder: Path, limit: str) -> dict[str, Any]:
+def child(method: str, folder: Path, limit: str, rounds: int) -> dict[str, Any]:
     """Run one method; return what was measured."""
     import torch
 
@@ -119,7 +141,7 @@ def child(method: str, folder: Path, limit: str) -> dict[str, Any]:
         found["peak"] = memory("VmHWM") - base
         found["resident"] = memory("VmRSS") - base
         found["result"] = hashlib.sha256(json.dumps(tokens).encode() + logits).hexdigest()[:16]
-        found |= times(model, weights if weights is not None and weights.streamed else None, prompt)
+        found |= times(model, weights if weights is not None and weights.streamed else None, prompt, rounds)
     return found
 
 
@@ -169,38 +191,44 @@ def generate(model: Any, prompt: Any, count: int) -> tuple[list[int], bytes]:
     return out.sequences[0].tolist(), out.logits[-1].float().numpy().tobytes()
 
 
-def times(model: Any, weights: Any, prompt: Any) -> dict[str, Any]:
-    """Measure a token, and reading alone and computing alone, in turns; keep the best of each."""
+def times(model: Any, weights: Any, prompt: Any, rounds: int) -> dict[str, Any]:
+    """Measure a token, and reading alone and computing alone, in turns; keep the best of each, of wall and of processor time."""
 
-    def token() -> float:
-        begin = time.perf_counter()
+    def token() -> tuple[float, float]:
+        begin, used = time.perf_counter(), time.process_time()
         generate(model, prompt, TOKENS)
-        return (time.perf_counter() - begin) / TOKENS
+        return (time.perf_counter() - begin) / TOKENS, (time.process_time() - used) / TOKENS
+
+    def best(what: str, found: Sequence[tuple[float, float]]) -> dict[str, float]:
+        return {f"{what}_s": min(wall for wall, _ in found), f"{what}_cpu_s": min(used for _, used in found)}
 
     if weights is None:
-        return {"token_s": min(token() for _ in range(ROUNDS))}
+        return best("token", [token() for _ in range(rounds)])
     stream = weights.stream
-    filling = stream._fill
+    beginning = stream._begin
     whole, reading, computing = [], [], []
     before = after = (stream.stats.missed, stream.stats.reads)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         whole.append(token())
         after = (stream.stats.missed, stream.stats.reads)
-        stream._fill = lambda slot, block: None
+        stream._begin = lambda slot, block: []
         computing.append(token())
-        stream._fill = filling
-        reading.append(stream.read_once())
+        stream._begin = beginning
+        used = time.process_time()
+        took = stream.read_once()
+        reading.append((took, time.process_time() - used))
     held = {"held": weights.held_bytes, "passes": weights.streamed_bytes, "blocks": len(weights.streamed)}
-    found = {"token_s": min(whole), "computing_s": min(computing), "reading_s": min(reading)}
+    found = best("token", whole) | best("computing", computing) | best("reading", reading)
     return {**found, **held, "missed": after[0] - before[0], "reads": after[1] - before[1]}
 
 
 # -- all of them -----------------------------------------------------------------------------------------------------------
-def measure(folder: Path, methods: Sequence[str], limit: str, threads: int = 1) -> list[dict[str, Any]]:
+def measure(folder: Path, methods: Sequence[str], limit: str, threads: int = 1, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Run each method in a fresh process; return what they measured."""
     results = []
     for method in methods:
         command = [sys.executable, "-W", "ignore", __file__, "--child", method, "--folder", str(folder), "--limit", limit]
+        command += ["--rounds", str(rounds)]
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MALLOC_ARENA_MAX": "2", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=540, check=False)
         if done.returncode:
@@ -212,15 +240,16 @@ def measure(folder: Path, methods: Sequence[str], limit: str, threads: int = 1) 
 def table(results: Sequence[Mapping[str, Any]], total: int) -> str:
     """Lay the results out."""
     head = f"{'method':<18}{'s/token':>9}{'tokens/s':>10}{'peak MB':>9}{'load s':>8}"
-    rows = [f"{head}{'read s':>8}{'compute s':>10}{'overhead':>10}  same"]
+    rows = [f"{head}{'read s':>8}{'compute s':>10}{'overhead':>10}{'cpu':>7}  same"]
     whole = next((r["result"] for r in results if r["method"] == "whole"), None)
     for r in results:
         row = f"{r['method']:<18}{r['token_s']:>9.3f}{1 / r['token_s']:>10.2f}{r['peak'] / 1e6:>9.0f}{r['load_s']:>8.2f}"
         if "reading_s" in r:
             most = max(r["reading_s"], r["computing_s"])
             row += f"{r['reading_s']:>8.3f}{r['computing_s']:>10.3f}{r['token_s'] / most:>10.2f}"
+            row += f"{r['token_cpu_s'] / (r['reading_cpu_s'] + r['computing_cpu_s']):>7.2f}"
         else:
-            row += f"{'-':>8}{'-':>10}{'-':>10}"
+            row += f"{'-':>8}{'-':>10}{'-':>10}{'-':>7}"
         rows.append(row + f"  {'-' if whole is None else 'yes' if r['result'] == whole else 'NO'}")
     held = next((r for r in results if "held" in r), None)
     rows.append(f"weights {total / 1e9:.2f} GB; memory above `import torch`, transformers included")
@@ -238,12 +267,13 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join((*METHODS, *PEERS)))
     parser.add_argument("--limit", default="330MB", help="max_memory of the CPU, for the weights and the buffers")
     parser.add_argument("--threads", type=int, default=1, help="that compute; the reader is one more")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of which the best counts")
     parser.add_argument("--folder", help="keep the weights there, or find them there")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--json")
     chosen = parser.parse_args()
     if chosen.child:
-        print(json.dumps(child(chosen.child, Path(chosen.folder), chosen.limit)))
+        print(json.dumps(child(chosen.child, Path(chosen.folder), chosen.limit, chosen.rounds)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(chosen.folder or temporary)
@@ -251,7 +281,7 @@ def main() -> None:
         if not (folder / "model_config.json").exists():
             make_weights(folder, chosen.gigabytes)
         total = sum(p.stat().st_size for p in folder.glob("model*.safetensors"))
-        results = measure(folder, chosen.methods.split(","), chosen.limit, chosen.threads)
+        results = measure(folder, chosen.methods.split(","), chosen.limit, chosen.threads, chosen.rounds)
     print(table(results, total))
     if chosen.json:
         Path(chosen.json).write_text(json.dumps({"weights": total, "threads": chosen.threads, "results": results}, indent=1))

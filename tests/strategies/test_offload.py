@@ -227,7 +227,7 @@ def test_what_is_away_says_its_name_to_whoever_computes_with_it(folder: Path) ->
     weight = model.layers[0].up.weight  # pyright: ignore
     assert (weight.device.type, tuple(weight.shape)) == ("cpu", (2 * WIDTH, WIDTH))
     with pytest.raises(ConfigError, match=r"layers\.0\.up\.weight is not in memory"):
-        weight + 1
+        _ = weight + 1
     assert torch.equal(weights_of(model).tensor("layers.0.up.weight"), open_source(folder).tensor("layers.0.up.weight"))
 
 
