@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ...strategies.errors import CheckpointError, ConfigError, DataError
 from .config import DataLoaderConfiguration
+from .counted import Counted, has_state, is_counted
 from .dispatch import Dispatch
 from .indexed import Indexed, batch_per_rank, indexed
 from .randomness import mix
@@ -112,6 +113,7 @@ def build(
     | DataLoader over a data set with indices            | Indexed     | Indexed                                          |
     | DataLoader over an iterable one, can shard itself  | alone       | beside: each reads its shard                     |
     |                              , cannot              | alone       | groups: rank 0 reads and sends, or all read all  |
+    |                              , looks for its rank  | alone       | beside: it reads its share by itself (counted.py)|
     | anything else, or already_sharded=True             | alone       | beside: each rank's loader is its own            |
     Raises:
         ConfigError, DataError: not a loader, or options that do not fit it.
@@ -140,6 +142,14 @@ def _iterable(
     size = loader.batch_size
     together = None if size is None else size if config.split_batches else size * ranks
     make = {"config": config, "seed": seed, "batch_size": size}
+    if is_counted(loader.dataset) and ranks > 1:
+        if config.dispatch_batches or config.split_batches:
+            wrong = "dispatch_batches=True" if config.dispatch_batches else "split_batches=True"
+            raise ConfigError(
+                f"{type(loader.dataset).__name__} reads its rank's share by itself; expected no {wrong}, which would divide rank "
+                "0's share again. Leave it out of DataLoaderConfiguration(...)."
+            )
+        return _beside(_stream(loader, ranks=ranks, **{**make, "seed": mix(seed, index)}), world, shard, config, seed, together)
     if ranks == 1:
         return Streamed(
             _stream(loader, **make), _alone, seed=seed, ranks=1, per_rank=False, batch_samples=together, length=_length(loader)
@@ -180,7 +190,7 @@ def _own(loader: Any, world: World | None, shard: tuple[int, int], config: DataL
     """Every rank's loader is its own: nothing is divided."""
     size = loader.batch_size if isinstance(loader, DataLoader) else None
     quiet = isinstance(loader, list | tuple)
-    stateful = loader if _has_state(loader) else None
+    stateful = loader if has_state(loader) else _counted(loader, shard[1])
     workers = isinstance(loader, DataLoader) and loader.num_workers > 0
     key = mix(seed, shard[0]) if config.seed_samples and not quiet else None
     stream = Stream(loader, stateful=stateful, seed=key, in_workers=workers, batch_size=size)
@@ -226,18 +236,29 @@ def _members(world: World | None, shard: tuple[int, int], what: str) -> World:
 
 
 def _stream(
-    loader: DataLoader[Any], dataset: Any = None, *, config: DataLoaderConfiguration, seed: int, batch_size: int | None
+    loader: DataLoader[Any],
+    dataset: Any = None,
+    *,
+    config: DataLoaderConfiguration,
+    seed: int,
+    batch_size: int | None,
+    ranks: int = 1,
 ) -> Stream:
     """Read `loader`, over another `dataset` if one is given (a shard of its own)."""
-    if dataset is not None or loader.num_workers or (config.use_stateful_dataloader and not _has_state(loader)):
+    if dataset is not None or loader.num_workers or (config.use_stateful_dataloader and not has_state(loader)):
         loader = _rebuilt(loader, loader.dataset if dataset is None else dataset, stateful=config.use_stateful_dataloader)
-    stateful: Any = None
-    if _has_state(loader):
+    stateful: Any = _counted(loader, ranks)
+    if has_state(loader):
         stateful = loader
-    elif loader.num_workers == 0 and _has_state(loader.dataset):
+    elif loader.num_workers == 0 and has_state(loader.dataset):
         stateful = loader.dataset
     key = seed if config.seed_samples else None
     return Stream(loader, stateful=stateful, seed=key, in_workers=loader.num_workers > 0, batch_size=batch_size)
+
+
+def _counted(loader: Any, ranks: int) -> Counted | None:
+    dataset = getattr(loader, "dataset", None)
+    return Counted(dataset, ranks) if is_counted(dataset) else None
 
 
 def _rebuilt(loader: DataLoader[Any], dataset: Any, *, stateful: bool = False) -> DataLoader[Any]:
@@ -258,7 +279,7 @@ def _rebuilt(loader: DataLoader[Any], dataset: Any, *, stateful: bool = False) -
         "persistent_workers": loader.persistent_workers,
         "in_order": loader.in_order,
     }
-    if stateful or _has_state(loader):
+    if stateful or has_state(loader):
         from .torchdata import stateful as make_stateful
 
         return make_stateful(loader, arguments)
@@ -271,10 +292,6 @@ def _can_shard(dataset: Any, ranks: int) -> bool:
         return False
     count = getattr(dataset, "num_shards", getattr(dataset, "n_shards", None))
     return not isinstance(count, int) or count >= ranks
-
-
-def _has_state(value: Any) -> bool:
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
 def _length(loader: Any) -> int | None:

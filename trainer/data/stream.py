@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...strategies.errors import CheckpointError, DataError
+from .counted import Counted
 from .randomness import isolated, mix, seeded
 from .reading import signals_held_back, stop_workers
 from .sharding import parts
@@ -56,7 +57,8 @@ class Stream:
 
     Args:
         source: iterated once an epoch; a function is called once an epoch and returns the iterator.
-        stateful: the loader or data set whose state_dict/load_state_dict hold the position; None: resuming reads and drops.
+        stateful: the loader or data set whose state_dict/load_state_dict hold the position, or a data set's `Counted`; None:
+            resuming reads and drops.
         seed: makes random numbers drawn while reading in this process depend on (seed, epoch, batch) only; None: left alone.
         in_workers: only starting the iterator draws here, its workers do the reading.
         batch_size: most samples of a batch, where known.
@@ -98,9 +100,14 @@ class Stream:
         self._iterator = None
         self._snapshots = []
         self._key = mix(self.seed or 0, epoch)
+        state = None
         if saved is not None and self.stateful is not None:
             self.batches, self.samples = saved["batches"], saved["samples"]
-            self.stateful.load_state_dict(from_json(saved["state"]))
+            state = from_json(saved["state"])
+        if isinstance(self.stateful, Counted):
+            self.stateful.begin(epoch, state)
+        elif state is not None:
+            self.stateful.load_state_dict(state)  # pyright: ignore[reportOptionalMemberAccess]
         for owner in (self.source, getattr(self.source, "dataset", None)):
             set_epoch = getattr(owner, "set_epoch", None)
             if callable(set_epoch):
@@ -144,7 +151,9 @@ class Stream:
         if self.stateful is not None and self.batches % _SNAPSHOT_EVERY == 0:
             older = [snapshot for snapshot in self._snapshots if snapshot.batches <= self.consumed]
             self._snapshots = older[-1:] + self._snapshots[len(older) :]
-            self._snapshots.append(Snapshot(self.batches, self.samples, copy.deepcopy(self.stateful.state_dict())))
+            counted = isinstance(self.stateful, Counted)
+            state = self.stateful.state_after(self.samples) if counted else copy.deepcopy(self.stateful.state_dict())
+            self._snapshots.append(Snapshot(self.batches, self.samples, state))
         with self._isolated():
             batch = next(self._iterator, _END)
         if batch is not _END:

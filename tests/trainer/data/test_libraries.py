@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from drivetrain.strategies.errors import CheckpointError, ConfigError
 from drivetrain.strategies.world import World
+from drivetrain.trainer.data.config import DataLoaderConfiguration
 from drivetrain.trainer.data.loader import prepare_loader
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 SAMPLES = 30
 
@@ -130,3 +133,143 @@ def test_a_pipeline_of_grain_is_read_as_a_loader(stop: int) -> None:
     straight, resumed = stopped_and_resumed(make, stop)
     assert resumed == straight
     assert sorted(itertools.chain(*straight)) == list(range(SAMPLES))
+
+
+# -- mosaicml-streaming, which is not installed here: a stand-in with the protocol that counted.py describes ---------------
+class Streaming(IterableDataset[int]):
+    """As StreamingDataset: finds its rank by itself; the order is one of (shuffle_seed, epoch); a stale state is not taken."""
+
+    def __init__(self, rank: int = 0, ranks: int = 1, samples: int = SAMPLES) -> None:
+        self.rank, self.ranks, self.samples = rank, ranks, samples
+        self.next_epoch = 0
+        self.resume: dict[str, Any] | None = None
+        self.read: list[int] = []
+
+    def _resume(self, epoch: int) -> tuple[int, int]:
+        if self.resume is None or self.resume["epoch"] < epoch:
+            return epoch, 0
+        return self.resume["epoch"], self.resume["sample_in_epoch"]
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, start = self._resume(self.next_epoch)
+        self.next_epoch = epoch + 1
+        order = random.Random(1000 + epoch).sample(range(self.samples), self.samples)
+        for sample in order[start + self.rank :: self.ranks]:
+            self.read.append(sample)
+            yield sample
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        epoch, offset = self._resume(self.next_epoch - 1)
+        return {"epoch": epoch, "sample_in_epoch": num_samples + offset * (not from_beginning), "shuffle_seed": 1000}
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        self.resume = obj
+
+
+@pytest.mark.parametrize("stop", [1, 5, 8])
+@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.parametrize("options", [{}, {"already_sharded": True}])
+def test_a_data_set_that_is_told_its_position_goes_on_there(stop: int, epoch: int, options: dict[str, Any]) -> None:
+    """In a new process, also in a later epoch, whose number such a data set otherwise counts from 0."""
+
+    def loader(data: Streaming) -> Any:
+        return prepare_loader(DataLoader(data, batch_size=4), config=DataLoaderConfiguration(**options))
+
+    whole = loader(Streaming())
+    epochs = [[numbers(batch) for batch in whole] for _ in range(epoch + 2)]
+    assert all(sorted(itertools.chain(*e)) == list(range(SAMPLES)) for e in epochs)
+    assert epochs[0] != epochs[1]
+    first = loader(Streaming())
+    for _ in range(epoch):
+        list(first)
+    parts = []
+    for batch in first:
+        parts.append(numbers(batch))
+        if len(parts) == stop:
+            break
+    second = loader(Streaming())
+    second.load_state_dict(first.state_dict())
+    assert parts + [numbers(batch) for batch in second] == epochs[epoch]
+    assert [numbers(batch) for batch in second] == epochs[epoch + 1]
+
+
+def test_a_data_set_that_is_told_its_position_reads_only_a_few_batches_again() -> None:
+    first, data = prepare_loader(DataLoader(Streaming(samples=400), batch_size=4)), Streaming(samples=400)
+    for number, _ in enumerate(first, start=1):
+        if number == 70:
+            break
+    second = prepare_loader(DataLoader(data, batch_size=4))
+    second.load_state_dict(first.state_dict())
+    next(iter(second))
+    assert len(data.read) <= (16 + 2) * 4
+
+
+def test_a_data_set_that_is_told_its_position_goes_back_within_one_process() -> None:
+    """A rollback, also over the end of an epoch."""
+    loader = prepare_loader(DataLoader(Streaming(), batch_size=4))
+    epochs = []
+    for batches in (8, 8):
+        epoch = []
+        for batch in loader:
+            epoch.append(numbers(batch))
+            if len(epoch) == 3:
+                state = loader.state_dict()
+        assert len(epoch) == batches
+        epochs.append((state, epoch))
+    for state, epoch in reversed(epochs):
+        loader.load_state_dict(state)
+        assert [numbers(batch) for batch in loader] == epoch[3:]
+    assert [numbers(batch) for batch in loader] == epochs[1][1]
+
+
+def _streaming_on_two(stop: int, **options: Any) -> Any:
+    world = World.start()
+    try:
+
+        def loader() -> Any:
+            data = DataLoader(Streaming(world.rank, world.size), batch_size=4)
+            return prepare_loader(data, shard=(world.rank, world.size), world=world, config=DataLoaderConfiguration(**options))
+
+        first, parts = loader(), []
+        for batch in first:
+            parts.append(numbers(batch)[: first.num_samples])
+            if len(parts) == stop:
+                break
+        second = loader()
+        second.load_state_dict(first.state_dict())
+        return parts + [numbers(batch)[: second.num_samples] for batch in second]
+    except ConfigError as error:
+        return str(error)
+    finally:
+        world.stop()
+
+
+def test_a_data_set_that_finds_its_rank_is_read_by_every_rank(ranks: Any) -> None:
+    """Sent from rank 0, as other iterables are, only that rank's half of it would ever be seen."""
+    found = ranks(2, _streaming_on_two, 2)
+    assert sorted(itertools.chain(*found[0], *found[1])) == list(range(SAMPLES))
+    assert all("reads its rank's share by itself" in said for said in ranks(2, _streaming_on_two, 2, dispatch_batches=True))
+
+
+def test_a_data_set_that_cannot_be_set_back_says_so() -> None:
+    class Onward(Streaming):
+        """Keeps its next epoch to itself."""
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "next_epoch":
+                raise AttributeError(name)
+            return super().__getattribute__(name)
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(self.samples))
+
+        def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+            return {"epoch": 0, "sample_in_epoch": num_samples}
+
+    loader = prepare_loader(DataLoader(Onward(), batch_size=4))
+    list(loader)
+    state = loader.state_dict() | {"epoch": 0}
+    list(loader)
+    loader.load_state_dict(state)
+    with pytest.raises(CheckpointError, match="stands at epoch 2 and was to go back to epoch 0"):
+        list(loader)
