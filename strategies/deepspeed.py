@@ -114,7 +114,10 @@ class DeepSpeedStrategy(DeepSpeedOptions):
 
     # -- building -----------------------------------------------------------------------------------------------------
     def init_context(self) -> AbstractContextManager[Any]:
-        """Under stage 3, the context in which a model is cut up while it is built: deepspeed.zero.Init. Collective."""
+        """Under stage 3, the context in which a model is cut up while it is built: deepspeed.zero.Init.
+
+        transformers' from_pretrained fills the pieces there (deepspeed_transformers.py). Collective.
+        """
         if self.stage != 3:
             return super().init_context()
         return deepspeed_engine.zero_init(self.world, self._filled(500_000_000, 1))

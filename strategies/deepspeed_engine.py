@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .deepspeed_transformers import told
 from .errors import ConfigError, MissingDependency
 from .world import listening_on_loopback
 
@@ -168,12 +169,14 @@ def has_fp16(device: torch.device) -> bool:
     return bool(accelerator.is_fp16_supported())
 
 
-def zero_init(world: World, config: Mapping[str, Any]) -> Any:
-    """Return the context in which parameters are cut up as soon as their module is made."""
+@contextlib.contextmanager
+def zero_init(world: World, config: Mapping[str, Any]) -> Iterator[None]:
+    """The context in which parameters are cut up as soon as their module is made; transformers knows of it. Collective."""
     deepspeed = library(world.device)
-    with _told(world):
-        # Without dtype=, which 0.19 reads as bfloat16 whatever it is, where there is no fp16: the configuration says it right.
-        return deepspeed.zero.Init(config_dict_or_path=dict(config))
+    # Told all the while: from_pretrained makes a context of its own inside. Without dtype=, which 0.19 reads as bfloat16 whatever
+    # it is, where there is no fp16: the configuration says it right.
+    with _told(world), told(config), deepspeed.zero.Init(config_dict_or_path=dict(config)):
+        yield
 
 
 def release(engine: Any, model: nn.Module) -> None:
