@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from drivetrain.strategies.checkpoint import Checkpoint, CheckpointStore, layout, reader
+from drivetrain.strategies.checkpoint import Checkpoint, CheckpointStore, layout, reader, writer
 from drivetrain.strategies.errors import CheckpointError
 
 FILES = ("manifest.json", "shard-00000-of-00001.safetensors", "values.json", "values-00000.json")
@@ -116,6 +116,57 @@ def test_a_file_of_another_step_is_noticed(file: str, root: Path) -> None:
     latest = CheckpointStore(root).latest()
     assert latest is not None
     assert latest.step == 1
+
+
+SHARD = "shard-00000-of-00001.safetensors"
+CHUNK = 2**16
+MOVED: dict[str, Callable[[bytes], bytes]] = {
+    "the first chunk last": lambda b: b[CHUNK:] + b[:CHUNK],
+    "shifted by a chunk": lambda b: b[:CHUNK] + b[:-CHUNK],
+    "shifted back by a chunk": lambda b: b[CHUNK:] + b[-CHUNK:],
+    "two chunks exchanged": lambda b: b[:CHUNK] + b[2 * CHUNK : 3 * CHUNK] + b[CHUNK : 2 * CHUNK] + b[3 * CHUNK :],
+    "one chunk twice": lambda b: b[: 2 * CHUNK] + b[CHUNK : 2 * CHUNK] + b[3 * CHUNK :],
+}
+
+
+@pytest.fixture
+def big(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Steps 1 and 2, whose tensors are in files that are too big for a sha256: nine chunks with a crc32 each."""
+    monkeypatch.setattr(writer, "_BIG", CHUNK)
+    monkeypatch.setattr(writer, "CHUNK", CHUNK)
+    for step in (1, 2):
+        generator = torch.Generator().manual_seed(step)
+        CheckpointStore(tmp_path).save(step, {f"w{i}": torch.randn(16, 2**11, generator=generator) for i in range(4)}, {})
+        entry = layout.read_manifest(tmp_path / f"step-{step:08d}")["files"][SHARD]
+        assert "sha256" not in entry
+        assert len(entry["crc32"]) == 9
+    return tmp_path
+
+
+@pytest.mark.parametrize("move", MOVED)
+def test_whole_chunks_in_other_places_are_noticed_without_a_sha256(move: str, big: Path) -> None:
+    """Each chunk's crc32 belongs to its place; the list of them is under the manifest's sha256."""
+    file = big / "step-00000002" / SHARD
+    whole = file.read_bytes()
+    moved = MOVED[move](whole)
+    assert len(moved) == len(whole)
+    file.write_bytes(moved)
+    is_noticed(big, file.parent, SHARD)
+
+
+def test_files_of_equal_size_that_were_exchanged_are_noticed_without_a_sha256(big: Path) -> None:
+    """Between two steps: the same names, shapes and header in both."""
+    one, two = (big / f"step-0000000{step}" / SHARD for step in (1, 2))
+    assert one.stat().st_size == two.stat().st_size
+    one.rename(big / "aside")
+    two.rename(one)
+    (big / "aside").rename(two)
+    for path in (one.parent, two.parent):
+        with pytest.raises(CheckpointError, match=SHARD):
+            read_everything(path)
+        assert CheckpointStore(big).verify(path, full=False)
+    with pytest.raises(CheckpointError, match="None of the 2 checkpoints"):
+        CheckpointStore(big).latest()
 
 
 def test_a_renamed_folder_is_noticed(root: Path) -> None:
