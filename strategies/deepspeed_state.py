@@ -6,7 +6,7 @@ and 2); stage 3 cuts each parameter by itself. Either way a rank holds a stretch
     boxes         the stretch as boxes of the parameter's shape, which is what a checkpoint holds (Shard)
     Partitions    the pieces of one engine: its masters, their gradients and their optimizer state
 Names are those of named_state.py, so every strategy reads what was saved here, and the other way round; the fp32 masters are what
-is saved, not the 16-bit copies. These names of DeepSpeed are private and pinned by tests/strategies/test_deepspeed_state.py:
+is saved, not the 16-bit copies. These names of DeepSpeed are private and pinned by tests/strategies/test_deepspeed_pins.py:
     stages 1, 2   round_robin_bit16_groups, round_robin_bit16_offsets, partition_size, single_partition_of_fp32_groups,
                   averaged_gradients
     stage 1, bf16 bf16_groups, fp32_groups_flat_partition, fp32_groups_gradient_flat_partition
