@@ -25,6 +25,7 @@ from ..errors import CheckpointError, ConfigError
 from ..placement import main_place, make_device_map, place_of
 from .away import away_like, is_away
 from .blocks import Binding, StreamedModule, choose_blocks, map_tensors
+from .checks import check_buffers, check_plain
 from .handle import Weights, guard, weights_of
 from .sizes import read_dtype, tensors_of
 from .sources import MemorySource, Source, open_source
@@ -78,7 +79,7 @@ def load_checkpoint_and_dispatch(
     options: dict[str, Any] = {"dtype": wanted, "activations": activations, "num_buffers": number}
     places = make_device_map(model, "cpu" if device_map is None else device_map, max_memory, together, **options)
     if offload_buffers:
-        _check_buffers(model, places)
+        check_buffers(model, places)
     source = open_source(checkpoint, io=io, model=model_name)
     return _place(model, places, source, wanted, together, strict=strict, num_buffers=number, skip_keys=skip_keys)
 
@@ -165,13 +166,14 @@ def dispatch_model(
     number = 2 if prefetch else 1
     places = make_device_map(model, device_map, max_memory, together, activations=activations, num_buffers=number)
     if offload_buffers:
-        _check_buffers(model, places)
+        check_buffers(model, places)
     own: dict[str, Tensor] = {n: t for n, t in tensors_of(model).items() if not t.is_meta}
     if state_dict is not None:
         own |= dict(state_dict)
     memory = MemorySource(own)
     on_disk = [n for n, p in model.named_parameters(remove_duplicate=False) if place_of(n, places) == "disk"]
     source: Source = memory
+    check_plain({n: own[n] for n in on_disk if n in own})
     if on_disk:
         if offload_dir is None:
             raise ConfigError("The device map puts weights on the disk. Say in which folder: offload_dir='...'.")
@@ -233,23 +235,6 @@ def _device(place: Any) -> torch.device:
         assert kind is not None
         return torch.device(kind.type, place)
     return torch.device("cpu" if place == "disk" else place)
-
-
-def _check_buffers(model: nn.Module, places: Mapping[str, Any]) -> None:
-    """Refuse to offload buffers.
-
-    Raises:
-        ConfigError: with the buffers that lie in offloaded modules, and their bytes. Without any there is nothing to refuse.
-    """
-    main = main_place(places.values())
-    away = {"disk"} if main == "cpu" else {"disk", "cpu"}
-    found = {n: b.numel() * b.element_size() for n, b in model.named_buffers() if place_of(n, places) in away}
-    if found:
-        some = ", ".join(list(found)[:3]) + (" ..." if len(found) > 3 else "")
-        raise ConfigError(
-            f"offload_buffers=True: the buffers {some} ({sum(found.values()):,} bytes) would be read anew for each forward, and "
-            "what their modules write to them lost. They stay where the model computes; leave offload_buffers out."
-        )
 
 
 def _match(model: nn.Module, source: Source, strict: bool) -> dict[str, str]:
@@ -359,6 +344,7 @@ def _place(
     blocks = choose_blocks(model, no_split)
     passing = _passing(model, places, blocks, main)
     streamed_names = {n for group in passing.values() for n in group}
+    check_plain({n: tensors[n] for n in streamed_names})
     on_disk = {n for n in streamed_names if place_of(n, places) == "disk"}
     skip = frozenset([skip_keys] if isinstance(skip_keys, str) else skip_keys or ())
     for names, tensor in _groups(model, named):

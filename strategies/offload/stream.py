@@ -6,7 +6,7 @@
 `acquire(block)` waits until the block is in a buffer, `release` gives the buffer back. What comes next is learned: after this
 use came that use the last time; before there was a last time, blocks come in their order, and after the last of a token the first
 of the next. Backward passes are uses of their own, so a training's zigzag is learned as well. A wrong guess costs one read.
-Who has to wait helps: a block is read in parts, and the thread that computes takes parts of the block it needs as the reader does.
+Who has to wait helps: a block is read in parts, and the thread that computes takes parts of the block that it needs.
 So where reading takes longer than computing both cores read, and a reader that is not given a core holds nobody up.
 On an accelerator a buffer is a pair: pinned host memory that the file is read into, and device memory that it is copied to on a
 stream of its own; events keep copies and kernels apart.
@@ -276,7 +276,7 @@ class Stream:
             thread.start()
 
     def _work(self, slot: Slot) -> None:
-        """Read one part of what `slot` is to hold; an error is kept for whoever acquires it. The lock is held, but not meanwhile."""
+        """Read one part of what `slot` is to hold; an error is kept for who acquires it. The lock is let go meanwhile."""
         part = slot.parts.popleft()
         slot.reading += 1
         begin = time.perf_counter()

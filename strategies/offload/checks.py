@@ -1,0 +1,47 @@
+"""What cannot pass through buffers, and is refused by name before anything is written or read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..placement import main_place, place_of
+from .away import is_away
+
+__all__ = ["check_buffers", "check_plain"]
+
+
+def check_buffers(model: nn.Module, places: Mapping[str, Any]) -> None:
+    """Refuse to offload buffers.
+
+    Raises:
+        ConfigError: with the buffers that lie in offloaded modules, and their bytes. Without any there is nothing to refuse.
+    """
+    main = main_place(places.values())
+    away = {"disk"} if main == "cpu" else {"disk", "cpu"}
+    found = {n: b.numel() * b.element_size() for n, b in model.named_buffers() if place_of(n, places) in away}
+    if found:
+        some = ", ".join(list(found)[:3]) + (" ..." if len(found) > 3 else "")
+        raise ConfigError(
+            f"offload_buffers=True: the buffers {some} ({sum(found.values()):,} bytes) would be read anew for each forward, and "
+            "what their modules write to them lost. They stay where the model computes; leave offload_buffers out."
+        )
+
+
+def check_plain(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are more than their values, such as quantised ones with their scales.
+
+    Raises:
+        ConfigError: with the name and the type.
+    """
+    for name, tensor in tensors.items():
+        if not (type(tensor) in (Tensor, nn.Parameter, nn.Buffer) or is_away(tensor)):
+            kind = type(tensor.data).__name__ if type(tensor) is nn.Parameter else type(tensor).__name__
+            raise ConfigError(
+                f"{name} is a {kind}: a quantised weight, or another with parts of its own, and only plain tensors pass through "
+                "buffers. Keep its module resident (give it a device in device_map), offload the model in bfloat16, or keep the "
+                "small type with attach_layerwise_casting_hooks."
+            )
