@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch.nn.parameter import is_lazy
 
 from ..strategies.errors import ConfigError
+from ..strategies.named_state import full_numel
 from .base import Callback
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class ModelSummary(Callback):
 def summarize(module: nn.Module, *, max_depth: int = 1) -> list[Row]:
     """Return a row for each module down to `max_depth` that has parameters below it; the last row is the whole.
 
-    Sizes are those of the whole model, also when its parameters are sharded (a DTensor tells its full shape).
+    Sizes are those of the whole model, also when its parameters are sharded.
     """
     rows = [
         _row(name, child) for name, child in module.named_modules() if name and (max_depth < 0 or name.count(".") < max_depth)
@@ -67,9 +68,9 @@ def _row(name: str, module: nn.Module) -> Row:
     return Row(
         name=name,
         type=type(module).__name__,
-        parameters=sum(p.numel() for p in parameters),
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        num_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        parameters=sum(full_numel(p) for p in parameters),
+        trainable=sum(full_numel(p) for p in parameters if p.requires_grad),
+        num_bytes=sum(full_numel(p) * p.element_size() for p in parameters),
         dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
         lazy=len(parameters) < len(every),
     )

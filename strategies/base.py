@@ -333,10 +333,6 @@ class Strategy:
 
         return load_weights(model.state_dict(), folder, strict=strict)
 
-    def full_numel(self, parameter: Tensor) -> int:
-        """Return how many elements a parameter has, also where this process holds a piece of it."""
-        return parameter.numel()
-
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the whole state of the user's `model`, at least on rank 0, under its own names. All ranks call it."""
         return model.state_dict()

@@ -150,6 +150,11 @@ def _is_plain(tensor: Tensor) -> bool:
     return cast(Any, type(tensor)).__torch_dispatch__ is cast(Any, Tensor).__torch_dispatch__
 
 
+def full_numel(parameter: Tensor) -> int:
+    """Return how many elements a parameter has, also one that ZeRO-3 cut up, whose own shape is empty between its uses."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def parameter_names(models: Mapping[str, nn.Module]) -> dict[int, str]:
     """Return id(parameter) -> `<model>/<parameter>`; a tied parameter has its first name."""
     names: dict[int, str] = {}

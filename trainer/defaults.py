@@ -9,6 +9,7 @@ import torch
 
 from ..callbacks.base import Callback
 from ..callbacks.runner import check_callbacks
+from ..strategies.named_state import full_numel
 from ..strategies.world import World
 from . import config as configuration
 from .accelerator import Accelerator
@@ -110,8 +111,8 @@ def announce(trainer: Trainer) -> None:
         return
     accelerator, folder, window = trainer.accelerator, trainer.run_folder, trainer.accelerator.window
     assert folder is not None
-    ranks = trainer.world.size
-    parameters = sum(p.numel() for m in accelerator.models.values() for p in m.parameters())
+    ranks, readers = trainer.world.size, trainer.strategy.data_shard[1]  # ranks of tp, cp and pp read the same samples
+    parameters = sum(full_numel(p) for m in accelerator.models.values() for p in m.parameters())
     samples = trainer.train_loader.batch_samples
     batch = f"{samples * window.size} samples a step" if samples else f"{window.size} batches a step"
     resumed = f"step {trainer.progress.global_step}" if trainer.is_resumed else "new run"
@@ -121,7 +122,11 @@ def announce(trainer: Trainer) -> None:
         ("strategy", trainer.strategy.name, accelerator.strategy_reason),
         *((what, how, "") for what, how in trainer.strategy.explain() if what not in ("strategy", "processes")),
         ("precision", trainer.precision.name, "; ".join(n for n in (asked, trainer.precision.explain()) if n)),
-        ("batch", batch, f"{window.size} micro-batch{'es' if window.size > 1 else ''} x {ranks} rank{'s' if ranks > 1 else ''}"),
+        (
+            "batch",
+            batch,
+            f"{window.size} micro-batch{'es' if window.size > 1 else ''} x {readers} rank{'s' if readers > 1 else ''}",
+        ),
         ("parameters", f"{parameters:,}", ""),
         ("run", str(folder.path), "; ".join([resumed, *folder.notes])),
     ]

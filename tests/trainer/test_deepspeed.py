@@ -151,3 +151,18 @@ def filled(root: Path) -> tuple[Any, ...]:
 
 def test_auto_values_are_filled_from_the_run(ranks: Any, tmp_path: Path) -> None:
     assert ranks(1, filled, tmp_path / "json")[0][:3] == ranks(1, fitted, "deepspeed:2", tmp_path / "plain")[0][:3]
+
+
+def counted(root: Path) -> None:
+    """The model is built in pieces, so that its own shapes are empty when it is summed up."""
+    trainer = Trainer(**QUIET, strategy=DeepSpeedStrategy(stage=3, stage3_param_persistence_threshold=0), root=root, max_epochs=1)
+    trainer.fit(Net(late=True), data(4))
+    trainer.accelerator.end_training()
+
+
+def test_the_summary_counts_what_stage_3_holds_in_pieces(ranks: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    total = sum(p.numel() for p in Net().parameters())
+    ranks(1, counted, tmp_path)
+    lines = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert ["parameters", str(total)] in lines
+    assert any(line[:2] == ["total", "Net"] and line[2] == str(total) for line in lines)

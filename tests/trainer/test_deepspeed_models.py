@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from drivetrain import Accelerator, DeepSpeedPlugin, DeepSpeedStrategy
+from drivetrain import Accelerator, DeepSpeedPlugin, DeepSpeedStrategy, get_active_deepspeed_plugin
 from drivetrain.strategies.base import make_strategy
 from drivetrain.strategies.deepspeed_engine import library
 from drivetrain.strategies.errors import ConfigError, UnknownName
@@ -80,7 +80,7 @@ def by_plugins(size: int) -> list[dict[str, list[float]]]:
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.5)
     student_model, optimizer, scheduler, train_dataloader = accelerator.prepare(student_model, optimizer, scheduler, loader(size))
     accelerator.state.select_deepspeed_plugin("teacher")
-    assert accelerator.deepspeed_plugin is zero3_plugin
+    assert accelerator.deepspeed_plugin is get_active_deepspeed_plugin(accelerator.state) is zero3_plugin
     teacher_model = accelerator.prepare(net(1, 16))
     assert all(hasattr(p, "ds_id") for p in teacher_model.parameters())
 

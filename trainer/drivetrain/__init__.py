@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from drivetrain.strategies.compile import Compile
     from drivetrain.strategies.context_parallel import ContextParallel
     from drivetrain.strategies.ddp import DDPStrategy
-    from drivetrain.strategies.deepspeed import DeepSpeedStrategy
+    from drivetrain.strategies.deepspeed import DeepSpeedStrategy, DummyOptim
     from drivetrain.strategies.expert_parallel import ExpertParallel
     from drivetrain.strategies.experts import Experts, MoE, balance_loss
     from drivetrain.strategies.fsdp import FSDPStrategy, HSDPStrategy
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from drivetrain.strategies.shared_sequence import context_parallel_attention, sequence_positions
     from drivetrain.trainer.accelerator import Accelerator
     from drivetrain.trainer.data.config import DataLoaderConfiguration
-    from drivetrain.trainer.deepspeed_plugins import DeepSpeedPlugin
+    from drivetrain.trainer.deepspeed_plugins import DeepSpeedPlugin, get_active_deepspeed_plugin
     from drivetrain.trainer.kwargs_handlers import (
         AORecipeKwargs,
         AutocastKwargs,
@@ -73,6 +73,7 @@ _HOMES = {
     "DeepSpeedPlugin": "drivetrain.trainer.deepspeed_plugins",
     "DeepSpeedStrategy": "drivetrain.strategies.deepspeed",
     "DistributedDataParallelKwargs": "drivetrain.trainer.kwargs_handlers",
+    "DummyOptim": "drivetrain.strategies.deepspeed",
     "EarlyStopping": "drivetrain.callbacks.early_stopping",
     "ExpertParallel": "drivetrain.strategies.expert_parallel",
     "Experts": "drivetrain.strategies.experts",
@@ -106,6 +107,7 @@ _HOMES = {
     "cpu_offload_with_hook": "drivetrain.strategies.offload.tiers",
     "disk_offload": "drivetrain.strategies.offload.tiers",
     "dispatch_model": "drivetrain.strategies.offload.dispatch",
+    "get_active_deepspeed_plugin": "drivetrain.trainer.deepspeed_plugins",
     "get_balanced_memory": "drivetrain.strategies.placement",
     "infer_auto_device_map": "drivetrain.strategies.placement",
     "infer_device_map": "drivetrain.strategies.placement",
@@ -139,6 +141,7 @@ __all__ = [
     "DeepSpeedPlugin",
     "DeepSpeedStrategy",
     "DistributedDataParallelKwargs",
+    "DummyOptim",
     "EarlyStopping",
     "ExpertParallel",
     "Experts",
@@ -172,6 +175,7 @@ __all__ = [
     "cpu_offload_with_hook",
     "disk_offload",
     "dispatch_model",
+    "get_active_deepspeed_plugin",
     "get_balanced_memory",
     "infer_auto_device_map",
     "infer_device_map",
