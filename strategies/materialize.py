@@ -6,10 +6,12 @@
 
 Modules are visited in the order of `model.modules()`: the random numbers are the same whatever the strategy, for the same seed.
 A module fills itself by its `reset_parameters()`, as all of torch.nn do; transformers' models by their `_init_weights(module)`.
+A parameter that several modules share (tied weights) is filled by the first of them, and stays shared.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -18,6 +20,12 @@ from torch import nn
 from .errors import ConfigError
 
 __all__ = ["fill", "has_meta", "walk"]
+
+_Places = dict[int, tuple[nn.Parameter, list[tuple[nn.Module, str]]]]
+_shared: weakref.WeakKeyDictionary[nn.Module, _Places] = weakref.WeakKeyDictionary()
+"""Model that is being filled -> id of a shared parameter without values -> (it, which must live for its id's sake; its places).
+
+Looked for once for each model: in every module's turn it would be a search of all modules."""
 
 
 def has_meta(model: nn.Module) -> bool:
@@ -63,9 +71,31 @@ def fill(root: nn.Module, name: str, module: nn.Module, device: torch.device) ->
             f"is initialised. Give {type(module).__name__} a method reset_parameters() that fills its own parameters and "
             "buffers, or build the model outside of torch.device('meta')."
         )
+    places = _places(root)
+    without = {key: id(parameter) for key, parameter in module._parameters.items() if parameter is not None and parameter.is_meta}
+    # Those that have values, such as a weight that a module before this one has filled, keep them.
+    kept = {key: tensor.detach().clone() for key, tensor in own.items() if not tensor.is_meta}
     module.to_empty(device=device, recurse=False)
     if callable(reset):
         reset()
     elif callable(of_root):
         of_root(module)
+    for key, values in kept.items():
+        module.get_parameter(key).copy_(values) if key in module._parameters else module.get_buffer(key).copy_(values)
+    for key, before in without.items():
+        for other, name_there in places.pop(before, (None, []))[1]:
+            other._parameters[name_there] = module._parameters[key]
     return True
+
+
+def _places(root: nn.Module) -> _Places:
+    """Where the parameters of `root` are that have no values and several places."""
+    found = _shared.get(root)
+    if found is None:
+        every: _Places = {}
+        for module in root.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    every.setdefault(id(parameter), (parameter, []))[1].append((module, key))
+        found = _shared[root] = {key: held for key, held in every.items() if held[1][1:]}
+    return found

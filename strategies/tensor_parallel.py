@@ -115,7 +115,8 @@ class TensorParallel(Part):
         self._chosen: dict[str, Chosen] = {}  # by the model's name
         self._styles: dict[int, dict[str, list[ParallelStyle]]] = {}  # by id of the model, by path
         self._tied: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # id of a shared parameter -> (it, what took its place)
-        self._shared: set[int] = set()
+        # (id of a module, key) of the shared ones: by place, since a parameter without values is another once it has them.
+        self._shared: set[tuple[int, str]] = set()
         self._unchecked: list[nn.Module] = []
 
     def start(self, strategy: ParallelStrategy) -> None:
@@ -173,12 +174,12 @@ class TensorParallel(Part):
             self._cut_sequence(name, model, words, made)
         self._chosen[name] = chosen
         self._styles[id(model)] = made
-        used: dict[int, int] = {}
+        used: dict[int, list[tuple[int, str]]] = {}
         for module in model.modules():
-            for parameter in module._parameters.values():
+            for key, parameter in module._parameters.items():
                 if parameter is not None:
-                    used[id(parameter)] = used.get(id(parameter), 0) + 1
-        self._shared = {key for key, count in used.items() if count > 1}
+                    used.setdefault(id(parameter), []).append((id(module), key))
+        self._shared = {place for places in used.values() if places[1:] for place in places}
 
     def _make(self, style: Any, module: nn.Module) -> ParallelStyle:
         sequence = Shard(self.plan.sequence_dim)
@@ -291,7 +292,7 @@ class TensorParallel(Part):
             elif new is not parameter and isinstance(new, DTensor):
                 # torch's is a view of the whole, and would keep all of it in memory.
                 new._local_tensor = new._local_tensor.detach().clone()
-                if id(parameter) in self._shared:
+                if (id(module), key) in self._shared:
                     assert isinstance(new, nn.Parameter)
                     self._tied[id(parameter)] = (parameter, new)
 
