@@ -47,6 +47,11 @@ def save_like_ddp(world: World, root: Path, step: int) -> tuple[str, int]:
     return str(info.path), info.num_bytes
 
 
+def save_steps(world: World, root: Path, steps: range) -> None:
+    for step in steps:
+        save_like_ddp(world, root, step)
+
+
 @pytest.mark.parametrize("n", [2, 4])
 def test_what_all_ranks_hold_is_written_once_and_evenly(n: int, ranks: Any, tmp_path: Path) -> None:
     told = ranks(n, with_world, save_like_ddp, tmp_path, 3)
@@ -168,8 +173,7 @@ def look_and_prune(world: World, root: Path) -> Any:
 
 def test_ranks_agree_on_the_newest_whole_one_and_on_what_is_deleted(ranks: Any, tmp_path: Path) -> None:
     """The damaged file is one that rank 1 looks at."""
-    for step in (1, 2, 3, 4, 5):
-        ranks(2, with_world, save_like_ddp, tmp_path, step)
+    ranks(2, with_world, save_steps, tmp_path, range(1, 6))
     shard = tmp_path / "step-00000005" / "shard-00001-of-00002.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
