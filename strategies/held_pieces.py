@@ -82,13 +82,20 @@ class HoldsPieces(Strategy):
             sharded.free()
 
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return all tensors, whole, in host memory on rank 0; nothing on the others. Collective: all ranks call it."""
+        """Return all tensors, whole, in host memory on rank 0; nothing on the others. Collective: all ranks call it.
+
+        Tied tensors stay one tensor, so that an export can write them once.
+        """
         self._free()
         found: dict[str, Tensor] = {}
-        for key, tensor in model.state_dict().items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        done: dict[int, Tensor] = {}
+        for key, tensor in model.state_dict(keep_vars=True).items():  # the parameters themselves, to be known again
+            if id(tensor) not in done:
+                held = tensor.detach()
+                whole = held.full_tensor() if isinstance(held, DTensor) else held
+                done[id(tensor)] = whole.cpu() if self.world.is_main else whole.new_empty(0)
             if self.world.is_main:
-                found[key] = whole.detach().cpu()
+                found[key] = done[id(tensor)]
         return found
 
     # -- words --------------------------------------------------------------------------------------------------------
@@ -104,19 +111,28 @@ class HoldsPieces(Strategy):
             rows.append((f"{prefix}units", ", ".join(k if n == 1 else f"{n} x {k}" for k, n in kinds.items())))
             if sharded.whole:
                 rows.append((f"{prefix}held whole", ", ".join(sharded.whole)))
-            parameters = list(sharded.model.parameters())
-            total, here = _bytes(parameters), _bytes([dtensors.local(p) for p in parameters])
+        whole = self._whole_models()
+        for name, model in whole:
+            prefix = f"{name}: " if len(whole) > 1 else ""
+            parameters = list(model.parameters())
             trained = [p for p in parameters if p.requires_grad]
-            rows.append((f"{prefix}parameters held", f"{here:,} of {total:,} bytes on this rank"))
-            rows.append(
-                (f"{prefix}gradients held", f"{_bytes(map(dtensors.local, trained)):,} of {_bytes(trained):,} bytes on this rank")
-            )
+            for what, some in (("parameters", parameters), ("gradients", trained)):
+                here = _bytes([dtensors.local(p) for p in some if self._is_here(p)])
+                rows.append((f"{prefix}{what} held", f"{here:,} of {_bytes(some):,} bytes on this rank"))
         for optimizer in self._optimizers:
-            rows.append(("optimizer state held", _state_of(optimizer)))
+            rows.append(("optimizer state held", _state_of(optimizer, self._is_here)))
         return rows
 
+    def _whole_models(self) -> list[tuple[str, nn.Module]]:
+        """The user's models and their names; of a pipeline, what all its stages are of."""
+        return [(sharded.name, sharded.model) for sharded in self._sharded.values()]
 
-def _state_of(optimizer: Optimizer) -> str:
+    def _is_here(self, parameter: Tensor) -> bool:
+        """Whether this rank holds anything of a parameter: it does not of one in another stage of a pipeline."""
+        return True
+
+
+def _state_of(optimizer: Optimizer, is_here: Callable[[Tensor], bool]) -> str:
     """What an optimizer's state takes on this rank, or will take after its first step."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     held = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.dim()]
@@ -127,7 +143,7 @@ def _state_of(optimizer: Optimizer) -> str:
     numbers = _NUMBERS.get(kind, int(momentum) if kind == "SGD" else None)
     if numbers is None:
         return f"known after the first step ({kind})"
-    here, total = numbers * _bytes(map(dtensors.local, parameters)), numbers * _bytes(parameters)
+    here, total = numbers * _bytes([dtensors.local(p) for p in parameters if is_here(p)]), numbers * _bytes(parameters)
     return f"{here:,} of {total:,} bytes on this rank after the first step ({kind})"
 
 

@@ -63,7 +63,7 @@ class PipelinedModel:
         modules: this rank's stages, in order.
         names: the parts' names by stage.
         last_rank: the place on pp of the rank that holds the last stage.
-        replaced: (old, placeholder) of the parameters that other ranks hold.
+        replaced: (old, placeholder) of the parameters that other ranks hold; `elsewhere` has the ids of the placeholders.
         owners: the modules whose forward is the whole chain: the model, and what it only wraps.
     """
 
@@ -103,6 +103,7 @@ class PipelinedModel:
         self.last_rank = self.place[self.num_stages - 1]
         mine = [stage for stage, rank in self.place.items() if rank == self.rank]
         self.replaced = free(model, [n for stage, some in enumerate(self.names) if stage not in mine for n in some])
+        self.elsewhere = {id(new) for _, new in self.replaced}
         self.modules = [StageModule(model, links[stage], index=stage, is_last=stage == self.num_stages - 1) for stage in mine]
         self.last = next((module for module in self.modules if module.is_last), None)
         self.owners = owners_of(model, [name for some in self.names for name in some])

@@ -8,8 +8,8 @@ Differences from torch's PipelineStage:
     pipeline have the same batch, so they agree on what is known without a word.
   * Nothing is run to find shapes: no extra forward, no extra call of the loss, no statistics counted twice.
   * Gradients are reduced over data parallel ranks at the end of the last schedule of an accumulation window only.
-It stands on these names of torch that are not documented: _PipelineStageBase with what is overridden here, and _RecvInfo,
-_StageMeta, _TensorMeta; tests/strategies/test_pipeline_stage.py pins them.
+It stands on these names of torch that are not documented: _PipelineStageBase with what is overridden here and its _stage_meta,
+and _RecvInfo; tests/strategies/test_pipeline_stage.py pins them.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,8 @@ class PipelineStrategy(FSDPStrategy):
             self.reshard_after_forward = True
         self.pipeline = pipeline
         self._pipelines: dict[int, PipelinedModel] = {}  # by id of the user's module
+        # While a model is split: option -> (what was asked for, ids of the blocks of the whole model that it is about).
+        self._blocks: dict[str, tuple[Any, set[int]]] = {}
 
     # -- life ---------------------------------------------------------------------------------------------------------
     def start(self, world: World) -> None:
@@ -104,6 +107,7 @@ class PipelineStrategy(FSDPStrategy):
             model.eval()
         for part in self._parts:
             part.whole(name, model)
+        self._blocks = self._blocks_of(model)
         chosen = {id(module) for _, module in choose_units(model, self.units)}
         ignored = _parameters_of(name, model, self.ignored_parameters)
         pipe = PipelinedModel(name, model, self.pipeline, self.mesh, self.device)
@@ -116,7 +120,7 @@ class PipelineStrategy(FSDPStrategy):
                 # Autocast is entered by the stage itself, which does not widen what goes to the next one.
                 vars(stage).pop("forward", None)
         finally:
-            self.units, self.ignored_parameters = units, given
+            self.units, self.ignored_parameters, self._blocks = units, given, {}
         for buffer in _own_buffers(model, pipe):
             buffer.data = buffer.data.to(self.device)
         assert self.precision is not None
@@ -133,6 +137,35 @@ class PipelineStrategy(FSDPStrategy):
         mark_elsewhere(model)
         self._pipelines[id(model)] = pipe
         return model
+
+    def _blocks_of(self, model: nn.Module) -> dict[str, tuple[Any, set[int]]]:
+        """What is to be computed again and compiled: in a stage of one block nobody could tell that it is a repeated one."""
+        from .activation import read_checkpointing
+        from .blocks import choose_blocks
+        from .compile import read_compile
+
+        asked = {
+            "activation_checkpointing": read_checkpointing(self.activation_checkpointing),
+            "compile": read_compile(self.compile),
+        }
+        return {
+            option: (how, {id(module) for _, module in choose_blocks(model, how.units)})
+            for option, how in asked.items()
+            if how is not None
+        }
+
+    def shape_blocks(self, name: str, model: nn.Module) -> nn.Module:
+        """Let those of the whole model's blocks be computed again and compiled that lie in a stage."""
+        given = {option: getattr(self, option) for option in self._blocks}
+        for option, (how, blocks) in self._blocks.items():
+            here = not blocks or any(id(module) in blocks for module in model.modules())
+            own = replace(how, units=lambda _, module, blocks=blocks: id(module) in blocks) if blocks else how
+            setattr(self, option, own if here else None)
+        try:
+            return super().shape_blocks(name, model)
+        finally:
+            for option, how in given.items():
+                setattr(self, option, how)
 
     @property
     def _parts(self) -> Sequence[Part]:
@@ -244,7 +277,13 @@ class PipelineStrategy(FSDPStrategy):
             return super().full_state_dict(model)
         self._free()
         found: dict[str, Tensor] = {}
-        for key, tensor in model.state_dict().items():
+        done: dict[int, Tensor] = {}  # tied tensors stay one
+        for key, variable in model.state_dict(keep_vars=True).items():
+            if id(variable) in done:
+                if self.world.is_main:
+                    found[key] = done[id(variable)]
+                continue
+            tensor = variable.detach()
             stage = pipe.stage_of(key)
             owner = pipe.rank if stage is None else pipe.place[stage]
             if owner == pipe.rank:
@@ -256,11 +295,22 @@ class PipelineStrategy(FSDPStrategy):
                     dist.send(whole, group=pipe.group, group_dst=0)
                 elif pipe.rank == 0:
                     dist.recv(whole, group=pipe.group, group_src=owner)
+            done[id(variable)] = whole.cpu() if self.world.is_main else whole.new_empty(0)
             if self.world.is_main:
-                found[key] = whole.cpu()
+                found[key] = done[id(variable)]
         return found
 
     # -- words --------------------------------------------------------------------------------------------------------
+    def _whole_models(self) -> list[tuple[str, nn.Module]]:
+        stages = {id(stage) for pipe in self._pipelines.values() for stage in pipe.modules}
+        return [
+            *((name, model) for name, model in super()._whole_models() if id(model) not in stages),
+            *((pipe.name, pipe.model) for pipe in self._pipelines.values()),
+        ]
+
+    def _is_here(self, parameter: Tensor) -> bool:
+        return not any(id(parameter) in pipe.elsewhere for pipe in self._pipelines.values())
+
     def explain(self) -> list[tuple[str, str]]:
         rows = [*super().explain(), *(row for pipe in self._pipelines.values() for row in pipe.explain())]
         if self._pipelines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -90,17 +91,41 @@ def test_beside_every_other_axis(size: int, plan: dict[str, int], schedules: lis
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch.compile
 @pytest.mark.parametrize(
-    "option",
+    ("plan", "options", "model"),
     [
-        pytest.param(TensorPlan(loss_parallel=True), id="loss parallel"),
-        pytest.param("sequence", id="sequence parallel"),
+        pytest.param({"pp": 2, "tp": 2}, {"tensor_parallel": TensorPlan(loss_parallel=True)}, "llama", id="loss parallel"),
+        pytest.param({"pp": 2, "tp": 2}, {"tensor_parallel": "sequence"}, "llama", id="sequence parallel"),
+        pytest.param({"pp": 2, "dp_shard": 2, "ep": 2}, {}, "moe", id="experts"),
+        pytest.param({"pp": 2}, {"activation_checkpointing": "full", "compile": "eager"}, "llama", id="blocks"),
+        pytest.param({"pp": 2, "dp_shard": 2}, {"ignored_parameters": ["norm"], "sync_each_batch": True}, "llama", id="whole"),
     ],
 )
-def test_options_of_tensor_parallel_hold_in_stages(option: Any, ranks: Any) -> None:
-    """A loss on cut logits is made plain where the last stage is; a stage gathers the sequence at its end."""
-    todo = cases(HARD, steps=2)
-    assert ranks(4, run_suite, {"pp": 2, "tp": 2}, ["1f1b"], todo, tensor_parallel=option)[0] == [("pass", "")]
+def test_the_other_axes_and_options_hold_in_stages(plan: dict[str, int], options: Any, model: str, ranks: Any) -> None:
+    """A loss on cut logits is made plain on the last stage; a stage gathers the sequence at its end; blocks are the model's."""
+    todo = cases(HARD, steps=2, model=model)
+    size = math.prod(degree for axis, degree in plan.items() if axis != "ep")
+    assert ranks(size, run_suite, plan, ["1f1b"], todo, timeout=120, **options)[0] == [("pass", "")]
+
+
+def recomputed() -> list[tuple[str, str]]:
+    """Stages of which the second has one block only."""
+    world = World.start("cpu", need_group=True)
+    strategy = ParallelStrategy(
+        plan=ParallelPlan(pp=2), activation_checkpointing="full", pipeline=Pipeline(schedule="zbv", splits=["1", "2", "3"])
+    )
+    strategy.start(world)
+    model = nn.Sequential(*(NormsHeads() for _ in range(4)))
+    strategy.prepare({"model": model}, [])
+    found = strategy.explain()
+    world.stop()
+    return found
+
+
+def test_a_stage_of_one_block_is_computed_again_like_the_others(ranks: Any) -> None:
+    """Alone it could not be told to be a repeated one."""
+    assert sum("full" in key for key, _ in ranks(2, recomputed)[0]) == 2
 
 
 class NormsHeads(nn.Module):

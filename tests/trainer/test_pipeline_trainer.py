@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,6 +211,26 @@ def test_sums_with_their_counts_over_windows_are_those_of_one_process(ranks: Any
     (truth,) = ranks(1, fit, tmp_path / "one", "single", **options)
     found = ranks(2, fit, tmp_path / "many", "pp:2", **options)
     close(found[0]["logged"], truth["logged"])
+
+
+def start_up_lines(root: Path) -> str:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        fit(root, "pp:2", max_steps=1)
+    return text.getvalue()
+
+
+def test_the_start_up_lines_say_what_a_rank_has_of_the_whole(ranks: Any, tmp_path: Path) -> None:
+    """Ranks of a pipeline read the same samples, and hold their own stages."""
+    said, _ = ranks(2, start_up_lines, tmp_path)
+    total = 8 * sum(p.numel() for p in Words().parameters())
+    assert "1 micro-batch x 1 rank\n" in said
+    for what, number in (("parameters", total), ("gradients", total), ("optimizer state", 2 * total)):
+        found = re.search(rf"^{what} held +([\d,]+) of ([\d,]+) bytes", said, re.M)
+        assert found is not None
+        here, whole = (int(number.replace(",", "")) for number in found.groups())
+        assert whole == number
+        assert 0.3 * whole < here < 0.7 * whole
 
 
 class Exploding(Words):
