@@ -56,6 +56,10 @@ class Pipeline:
             value = getattr(self, name)
             if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"Pipeline({name}={value!r}): expected a whole number of at least 1, or 'auto'.")
+        if self.cost is not None and not callable(self.cost):
+            raise ConfigError(
+                f"Pipeline(cost={self.cost!r}): expected a function (name, module) -> number, such as the module's measured time."
+            )
         kind, n = SCHEDULES[self.schedule], self.stages_per_rank
         if n != "auto" and ((not kind.looped and n != 1) or (kind.v_shaped and n != 2) or (kind.looped and n == 1)):
             takes = "1" if not kind.looped else "2" if kind.v_shaped else "2 or more"

@@ -220,6 +220,8 @@ def test_numbers_that_a_schedule_cannot_run_are_refused() -> None:
         Pipeline(microbatches=2).chunks(4)
     with pytest.raises(ConfigError, match="rounds"):
         Pipeline(schedule="interleaved", microbatches=5).chunks(2)
+    with pytest.raises(ConfigError, match="expected a function"):
+        Pipeline(cost="time")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="2 stage"):
         Pipeline(schedule="zbv", stages_per_rank=3)
     with pytest.raises(ConfigError, match="Did you mean 'interleaved'"):
