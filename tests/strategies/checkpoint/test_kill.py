@@ -18,6 +18,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -29,6 +30,10 @@ import pytest
 import torch
 from drivetrain.strategies.checkpoint import CheckpointStore, Keep, writer
 from drivetrain.strategies.errors import CheckpointError
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from syscall_jobs import saves_and_prunes, saves_beside
 
 CHANGES = ("open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir", "ftruncate", "pwrite")
 """The system calls by which a save or a prune changes the disk, as functions of `os`."""
@@ -162,34 +167,6 @@ def cut_power_and_lose_renames(disk: Disk, name: str, args: tuple[Any, ...]) -> 
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def saves_and_prunes(root: Path, told: int) -> None:
-    """A new step, the same step again, a prune: every way in which a folder changes. Tells each step that is done."""
-    saver = CheckpointStore(root)
-    save(saver, 3)
-    os.pwrite(told, struct.pack("q", 3), 0)
-    save(saver, 3)
-    saver.prune(Keep(last=1))
-    save(saver, 4)
-    os.pwrite(told, struct.pack("q", 4), 0)
-    saver.remove([3])
-
-
-def saves_beside(root: Path, told: int) -> None:
-    """The same while the weights go on changing: saves on a thread, which also deletes."""
-    saver = CheckpointStore(root)
-    weights = {f"w{i}": torch.full((10,), 2.0) for i in range(3)}
-    for step, gone in ((3, []), (3, [1, 2]), (4, [3])):
-        for w in weights.values():
-            w.fill_(step)
-        handle = saver.save(
-            step, weights, {"step": step}, rank_values={"step": step}, meta={"step": step}, remove=gone, wait=False
-        )
-        for w in weights.values():
-            w.fill_(-1.0)
-        handle.wait()
-        os.pwrite(told, struct.pack("q", step), 0)
-
-
 @pytest.fixture
 def memory_path(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory, where there is one: fsync costs nothing there, and these tests look at calls, not at a disk."""
@@ -203,7 +180,7 @@ def at_every_call(
     happen: Callable[[Disk, str, tuple[Any, ...]], None],
     *,
     fsync: bool = True,
-    action: Callable[[Path, int], None] = saves_and_prunes,
+    action: Callable[[CheckpointStore, Callable[[int], None]], None] = saves_and_prunes,
 ) -> int:
     """Start `action` once for every k, until it gets through; return how many k there were."""
     base = tmp_path / "base"
@@ -216,7 +193,7 @@ def at_every_call(
 
         def victim(root: Path = root, told: int = told, k: int = k) -> None:
             Disk(k, happen, fsync=fsync).install()
-            action(root, told)
+            action(CheckpointStore(root), lambda step: (os.pwrite(told, struct.pack("q", step), 0), None)[1])
 
         code = in_child(victim)
         acknowledged = struct.unpack("q", os.pread(told, 8, 0))[0]
