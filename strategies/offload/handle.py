@@ -25,6 +25,8 @@ from .stream import Stream
 __all__ = ["Weights", "guard", "remove_hook_from_submodules", "weights_of"]
 
 D = TypeVar("D")
+_RECOMPILE_LIMIT = 8
+"""torch's default, for one block."""
 _GUARDED = ("to", "cuda", "xpu", "half", "float", "double", "bfloat16")
 
 
@@ -116,7 +118,13 @@ class Weights:
         return rows
 
     def compile(self, **options: Any) -> None:
-        """Compile the forward of each block that passes (torch.compile's options); the rest of the model is left to you."""
+        """Compile the forward of each block that passes (torch.compile's options); the rest of the model is left to you.
+
+        Blocks of one class share what is compiled. Where each knows its number, as transformers' layers with a KV cache do, it is
+        compiled for each block, and again when the cache is first filled and when it grows; so the limit on recompilations,
+        after which torch goes on uncompiled, counts for each block and not for all of them together.
+        """
+        options.setdefault("recompile_limit", _RECOMPILE_LIMIT * max(1, len(self.streamed)))
         for one in self.streamed:
             one.compile(**options)
 

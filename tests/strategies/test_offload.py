@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,62 @@ def test_a_branch_that_nobody_foresaw_costs_a_read_and_no_wrong_number(net: Net,
             assert torch.equal(model.layers[index](x), net.layers[index](x))
 
 
+def test_who_computes_reads_by_itself_where_the_reader_gets_no_core(
+    net: Net, words: Tensor, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block is read in parts, which both threads take; with a reader that never runs, one takes all."""
+    monkeypatch.setattr("drivetrain.strategies.offload.stream.Stream._start_reader", lambda stream: None)
+    model = load_checkpoint_and_dispatch(empty(), folder, WHOLE)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(words), net(words))
+    assert weights_of(model).stream._reader is None
+    assert weights_of(model).stream.stats.missed == 1
+
+
+@pytest.mark.parametrize("io", ["cached", "direct"])
+def test_two_threads_share_the_parts_of_a_block_and_each_byte_is_read_once(
+    tmp_path: Path, io: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of two pages, so that each block has many; each thread leaves some to the other."""
+    monkeypatch.setattr("drivetrain.strategies.offload.sources._PIECE", 8192)
+    monkeypatch.setattr("drivetrain.strategies.offload.sources._DIRECT_PIECE", 8192)
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(128, 128), nn.ReLU()) for _ in range(4))).eval()
+    x = torch.randn(2, 128)
+    with torch.no_grad():
+        want = layers(x)
+    disk_offload(layers, tmp_path, io=io)
+    source: Any = weights_of(layers).stream.blocks[0].source
+    source = getattr(source, "files", source)
+    read, readers = source._read, []
+
+    def noted(*given: Any) -> None:
+        readers.append(threading.current_thread().name)
+        time.sleep(0.0005)  # the other one is let in
+        read(*given)
+
+    monkeypatch.setattr(source, "_read", noted)
+    with torch.no_grad():
+        for _ in range(5):
+            assert torch.equal(layers(x), want)
+    assert len(set(readers)) == 2
+    stats = weights_of(layers).stream.stats
+    assert len(readers) >= 8 * stats.reads
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_buffers_are_not_offloaded_and_whoever_asks_is_told(net: Net, tmp_path: Path, offload: Any) -> None:
+    if offload is cpu_offload:  # where the CPU computes nothing is offloaded, so nothing is refused
+        assert cpu_offload(net, offload_buffers=True) is net
+        return
+    with pytest.raises(ConfigError, match=r"offload_buffers=True: the buffers scale \(4 bytes\)"):
+        disk_offload(net, tmp_path / "o", offload_buffers=True)
+    assert not (tmp_path / "o").exists()
+    linear = nn.Sequential(nn.Linear(4, 4))
+    assert weights_of(disk_offload(linear, tmp_path / "p", offload_buffers=True)).streamed
+
+
 def test_the_reader_ends_with_its_model(words: Tensor, folder: Path) -> None:
     model = load_checkpoint_and_dispatch(empty(), folder, WHOLE)
     with torch.no_grad():
@@ -453,3 +510,20 @@ def test_on_an_accelerator_blocks_come_from_the_host_and_from_the_disk(
         for _ in range(3):
             assert torch.equal(model(here), truth(here))
     assert torch.accelerator.memory_allocated() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device_map", ["auto", "balanced", {"": 0, "layers.3": 1, "layers.4": "disk", "layers.1": "cpu"}])
+def test_over_two_accelerators_the_host_and_the_disk(net: Net, words: Tensor, folder: Path, device_map: Any) -> None:
+    """Each part computes where the map says; what is in the host or on the disk passes through the first one."""
+    if torch.accelerator.device_count() < 2:
+        pytest.skip(f"needs two accelerators: there is {torch.accelerator.device_count()}")
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    limits: Any = None if isinstance(device_map, dict) else {0: "120KB", 1: "120KB", "cpu": "40KB"}
+    model = load_checkpoint_and_dispatch(empty(), folder, device_map, limits)
+    with torch.no_grad():
+        truth = net(words)
+        for _ in range(3):
+            torch.testing.assert_close(model(words.to(kind.type + ":0")).cpu(), truth)
+    assert set(weights_of(model).device_map.values()) >= {0, 1}

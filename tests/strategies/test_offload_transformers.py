@@ -16,10 +16,13 @@ import pytest
 import torch
 from drivetrain import (
     attach_layerwise_casting_hooks,
+    disk_offload,
+    dispatch_model,
     init_empty_weights,
     load_checkpoint_and_dispatch,
     weights_of,
 )
+from drivetrain.strategies.errors import ConfigError
 from torch import Tensor
 
 WORDS = 64
@@ -48,12 +51,12 @@ def peft(monkeypatch: pytest.MonkeyPatch, transformers: Any) -> Any:
     return quietly("peft", monkeypatch)
 
 
-def llama(transformers: Any, *, empty: bool = False, include_buffers: bool = False) -> Any:
+def llama(transformers: Any, *, empty: bool = False, include_buffers: bool = False, layers: int = 4) -> Any:
     config = transformers.LlamaConfig(
         vocab_size=WORDS,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
     )
@@ -124,6 +127,65 @@ def test_adapters_on_an_offloaded_base_train_as_on_one_in_memory(
     assert weights_of(model).stream.stats.missed <= (2 if prefetch else 1000)
 
 
+@pytest.mark.slow
+def test_layers_that_know_their_number_are_compiled_each_and_none_is_left_uncompiled(
+    transformers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten layers with a KV cache are more than torch's limit of eight recompilations; `fullgraph` raises where it is hit."""
+    whole, model = llama(transformers, layers=10), llama(transformers, layers=10, empty=True)
+    whole.save_pretrained(tmp_path)
+    load_checkpoint_and_dispatch(model, tmp_path, {"": "disk"})
+    torch._dynamo.reset()
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    weights_of(model).compile(backend=backend, fullgraph=True)
+    prompt = torch.tensor([[1, 5, 9]])
+    words = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    want = whole.generate(prompt, **words)
+    assert torch.equal(model.generate(prompt, **words), want)
+    first = len(graphs)
+    layers = sum("scaled_dot_product_attention" in g for g in graphs)
+    assert torch.equal(model.generate(prompt, **words), want)
+    assert len(graphs) == first  # a second text compiles nothing
+    assert 10 <= layers <= 4 * 10
+    with capsys.disabled():
+        print(f"\nKV cache: {layers} graphs for 10 layers, none at a second generate(); graph breaks inside blocks: 0")
+
+
+def test_adapters_train_on_a_base_that_torchao_quantised_and_its_weights_do_not_pass(
+    transformers: Any, peft: Any, tmp_path: Path
+) -> None:
+    """int8 weights in memory: PEFT's adapters learn what they learn on the same values in fp32. Offloading them is refused."""
+    if importlib.util.find_spec("torchao") is None:
+        pytest.skip("needs torchao: pip install torchao")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def chosen(module: torch.nn.Module, name: str) -> bool:
+        return isinstance(module, torch.nn.Linear) and "lm_head" not in name
+
+    model, truth = llama(transformers), llama(transformers)
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=chosen)
+    for name, module in truth.named_modules():
+        if chosen(module, name):
+            weight: Any = model.get_submodule(name).weight
+            module.weight.data = weight.dequantize().detach().clone()
+    with pytest.raises(ConfigError, match=r"q_proj\.weight is of the type Int8Tensor"):
+        disk_offload(model, tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+    dispatch_model(model, {"": "cpu"})
+    losses, adapters = fine_tune(model, peft)
+    want, wanted = fine_tune(truth, peft)
+    assert losses == pytest.approx(want, rel=1e-6)
+    assert losses[-1] < losses[0]
+    assert all(torch.allclose(adapters[n], wanted[n], atol=1e-5) for n in wanted)
+
+
 def test_adapters_train_on_a_base_that_is_kept_in_eight_bits(transformers: Any, peft: Any) -> None:
     """Layer-wise casting as the quantised base: like adapters on the same weights, rounded."""
     model, truth = llama(transformers), llama(transformers)
@@ -179,6 +241,7 @@ def test_the_pretrained_model_of_a_package_embeds_a_sentence_through_a_device_ma
     assert json.loads((folder / "config.json").read_text())["hidden_size"] == got.shape[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device_map", [{"": "disk"}, "auto"])
 def test_the_words_and_the_results_are_those_of_accelerate(
     transformers: Any, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device_map: Any
