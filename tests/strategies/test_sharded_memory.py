@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from drivetrain.strategies.base import make_strategy
+from drivetrain.strategies.checkpoint.reader import Checkpoint
 from drivetrain.strategies.contract_models import Llama
 from drivetrain.strategies.world import World
 from torch import Tensor
@@ -122,3 +124,52 @@ def test_the_count_sees_a_model_that_is_whole() -> None:
     with LiveBytes() as live:
         model = Llama(**BIG)
     assert live.most >= sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+LARGE = {"vocabulary": 64, "dim": 256, "layers": 16, "heads": 4, "kv_heads": 4, "hidden": 704}
+
+
+def memory(kind: str) -> int:
+    """Bytes of this process, of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{kind}:")).split()[1]) * 1024
+
+
+def peaks_while_saving(words: str, folder: Path) -> tuple[list[int], int]:
+    """(by how much the process grew in a save, and in one beside the training; the bytes of the whole model)."""
+    from drivetrain import Accelerator
+
+    accelerator = Accelerator(strategy=words)
+    with torch.device("meta"):
+        model: Any = Llama(**LARGE)
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    model = accelerator.prepare(model)
+    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters()))
+    tokens = torch.randint(0, 64, (4, 8), generator=torch.Generator().manual_seed(0))
+    accelerator.backward(accelerator.bind(model, "step")({"x": tokens, "y": tokens}, False))
+    optimizer.step()
+    optimizer.zero_grad()
+    found: list[int] = []
+    for wait in (True, False):
+        gc.collect()
+        before = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        accelerator.save_state(folder, wait=wait)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        accelerator.settle_saves()
+        found.append(memory("VmHWM") - before)
+    accelerator.end_training()
+    return found, whole
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux: the peak is read from /proc")
+@pytest.mark.parametrize("words", ["fsdp", "fsdp:2+tp:2"])
+def test_no_rank_ever_holds_the_whole_model_while_it_saves(ranks: Any, tmp_path: Path, words: str) -> None:
+    """Weights and moments are three models, of which each of four ranks has three quarters of one: a save writes them from
+    where they lie, one beside the training from a copy."""
+    for (waits, beside), whole in ranks(4, peaks_while_saving, words, tmp_path / words, timeout=120):
+        assert waits < whole / 4, (waits, whole)
+        assert beside < whole * 0.95, (beside, whole)
+    for path in (tmp_path / words).glob("step-*"):
+        with Checkpoint(path) as saved:
+            assert sum(saved.shape(n) == (704, 256) for n in saved.names()) == 2 * 3 * LARGE["layers"], "not all was saved"
