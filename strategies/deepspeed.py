@@ -84,6 +84,7 @@ class DeepSpeedStrategy(DeepSpeedOptions):
             )
         if "nvme" in (self._section(k).get("device") for k in ("offload_optimizer", "offload_param")):
             deepspeed_engine.check_async_io(world.device)
+        self._check_kernels(world.device)
         deepspeed_engine.join(world, shared_memory=self.shared_memory)
         if self.precision.scales_loss:
             self.precision.agree = self._agree  # pyright: ignore[reportAttributeAccessIssue]
@@ -230,6 +231,11 @@ class DeepSpeedStrategy(DeepSpeedOptions):
                     "DummyOptim stands for the optimizer of the DeepSpeed JSON, which has no section 'optimizer'. Give it "
                     "one, or "
                     "prepare an optimizer of torch."
+                )
+            if not self.stage:
+                raise ConfigError(
+                    "DummyOptim and ZeRO stage 0: nothing is cut up there, so DeepSpeed's optimizer would be torch's own. "
+                    "Prepare an optimizer of torch, or take stage 1, 2 or 3."
                 )
             deepspeed_engine.check_locks()
             options["model_parameters"] = [{k: v for k, v in g.items() if k != "lr" or v is not None} for g in front.param_groups]

@@ -119,6 +119,16 @@ class DeepSpeedOptions(Strategy):
                 "Name each once."
             )
 
+    def _check_kernels(self, device: torch.device) -> None:
+        """Refuse ZeRO++ in 8 bits on a CPU: it stands on kernels for accelerators, and DeepSpeed says so late or not at all."""
+        zero = {**self.config.get("zero_optimization", {}), **self.zero}
+        keys = [key for key in zero if key.startswith("zero_quantized_") and zero[key] is True]
+        if keys and device.type == "cpu":
+            raise ConfigError(
+                f"{', '.join(keys)}: DeepSpeed has no kernels for it on {device.type}. Leave it out (zero_hpz_partition_size works "
+                "there), or run on an accelerator."
+            )
+
     def _section(self, key: str) -> dict[str, Any]:
         """Return an offload section, from the arguments or the JSON; empty where nothing is offloaded."""
         found = self.zero.get(key) or self.config.get("zero_optimization", {}).get(key) or {}

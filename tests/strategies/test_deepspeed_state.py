@@ -54,8 +54,8 @@ def half(strategy_name: str, options: dict[str, Any], which: int, folder: Path) 
     return losses, weights
 
 
-WAYS = [
-    (("deepspeed:2", 2), ("ddp", 1)),
+WAYS = [(("deepspeed:2", 2), ("ddp", 1)), (("fsdp", 2), ("deepspeed:3", 2))]
+MORE_WAYS = [
     (("deepspeed:3", 2), ("fsdp", 2)),
     (("ddp", 2), ("deepspeed:3", 2)),
     (("fsdp", 2), ("deepspeed:1", 1)),
@@ -64,7 +64,11 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("first", "second"), WAYS, ids=lambda v: f"{v[0]} on {v[1]}")
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [*WAYS, *(pytest.param(*way, marks=pytest.mark.slow) for way in MORE_WAYS)],
+    ids=lambda v: f"{v[0]} on {v[1]}",
+)
 def test_the_second_half_goes_on_under_another_strategy(
     first: tuple[str, int], second: tuple[str, int], ranks: Any, tmp_path: Path
 ) -> None:

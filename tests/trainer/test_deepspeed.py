@@ -77,7 +77,7 @@ def fitted(strategy: Any, root: Path, *, epochs: int = 2, late: bool = False, **
     return means, weights, float(trainer.metrics["val_loss"]), rows, module.was_cut_up
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_it_trains_and_validates_as_one_process_does(stage: int, ranks: Any, tmp_path: Path) -> None:
     """A scheduler, clipping, accumulation; the module's own parameter in the step; stage 3 with nothing kept gathered."""
     options = {"accumulate_grad_batches": 2}
@@ -91,6 +91,7 @@ def test_it_trains_and_validates_as_one_process_does(stage: int, ranks: Any, tmp
         torch.testing.assert_close(torch.tensor(weights[name]), torch.tensor(weight), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_is_built_in_pieces_under_stage_3(ranks: Any, tmp_path: Path) -> None:
     """configure_model runs under deepspeed.zero.Init, and the numbers are those of the model that was built whole."""
     strategy = {"stage": 3, "stage3_param_persistence_threshold": 0}

@@ -147,7 +147,7 @@ TEACHERS = {
 }
 
 
-@pytest.mark.parametrize("mix", TEACHERS)
+@pytest.mark.parametrize("mix", [next(iter(TEACHERS)), *(pytest.param(m, marks=pytest.mark.slow) for m in list(TEACHERS)[1:])])
 def test_each_model_has_its_own_strategy(mix: str, ranks: Any) -> None:
     assert_distilled(ranks(2, by_strategies, 2, *TEACHERS[mix])[0])
 
@@ -211,7 +211,12 @@ def jointly(size: int, one: str, two: str) -> list[dict[str, list[float]]]:
 
 @pytest.mark.parametrize(
     ("one", "two"),
-    [("deepspeed:2", "deepspeed:3"), ("deepspeed:0", "deepspeed:1"), ("ddp", "deepspeed:2"), ("fsdp", "ddp")],
+    [
+        ("deepspeed:2", "deepspeed:3"),
+        pytest.param("deepspeed:0", "deepspeed:1", marks=pytest.mark.slow),
+        pytest.param("ddp", "deepspeed:2", marks=pytest.mark.slow),
+        pytest.param("fsdp", "ddp", marks=pytest.mark.slow),
+    ],
 )
 def test_a_joint_loss_gives_both_models_the_gradients_of_a_plain_backward_pass(one: str, two: str, ranks: Any) -> None:
     models = [net(0), net(1, 16)]

@@ -1,0 +1,166 @@
+"""What a DeepSpeedStrategy hands on to DeepSpeed gives the numbers of a plain PyTorch loop.
+
+The JSON's optimizer, leaf modules for experts that not every rank uses, its own activation checkpointing, ZeRO++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from drivetrain import Accelerator, DeepSpeedStrategy, DummyOptim
+from drivetrain.strategies.deepspeed_engine import library
+from drivetrain.strategies.errors import ConfigError
+from torch import Tensor, nn
+
+deepspeed = library(torch.device("cpu"))
+
+X = torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(4))
+CUT_UP = {"stage": 3, "stage3_param_persistence_threshold": 0}
+
+
+class Routed(nn.Module):
+    """A sample goes to the expert of its first number's sign: rows 0 and 2 to one, rows 1 and 3 to the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = (x[:, 0] > 0).long()
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            if (chosen == i).any():  # an expert that gets nothing is not called
+                out = out.index_add(0, (chosen == i).nonzero()[:, 0], expert(x[chosen == i]))
+        return out
+
+
+class Net(nn.Module):
+    """With `recompute`, the middle is run by DeepSpeed's own checkpoint function."""
+
+    def __init__(self, *, routed: bool = False, recompute: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 6)
+        self.middle = Routed() if routed else nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.last = nn.Linear(6, 2)
+        self.routed, self.recompute = routed, recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        if self.routed:
+            h = torch.cat([x[:, :1], h[:, 1:]], dim=1)
+        h = deepspeed.checkpointing.checkpoint(self.middle, h) if self.recompute else self.middle(h)
+        return self.last(h)
+
+
+def batches(routed: bool) -> Tensor:
+    """Where experts are chosen, so that with two ranks each step has ranks that choose differently."""
+    x = X.clone()
+    if routed:
+        x[:, 0::2, 0], x[:, 1::2, 0] = 1.0, -1.0
+    return x
+
+
+def plain(net: Callable[[], nn.Module], optimizer: Callable[[Any], Any], routed: bool = False) -> dict[str, Tensor]:
+    model = net()
+    made = optimizer(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(made, 1, gamma=0.5)
+    for x in batches(routed):
+        model(x).pow(2).mean().backward()
+        made.step()
+        made.zero_grad()
+        scheduler.step()
+    return model.state_dict()
+
+
+def trained(net: Callable[[], nn.Module], optimizer: Callable[[Any], Any], routed: bool, options: dict[str, Any]) -> Any:
+    accelerator = Accelerator(strategy=DeepSpeedStrategy(**options))
+    model = net()
+    made = optimizer(model.parameters())
+    model, prepared, scheduler = accelerator.prepare(model, made, torch.optim.lr_scheduler.StepLR(made, 1, gamma=0.5))
+    for x in batches(routed):
+        accelerator.backward(model(x[accelerator.process_index :: accelerator.num_processes]).pow(2).mean())
+        prepared.step()
+        prepared.zero_grad()
+        scheduler.step()
+    found = {n: t.flatten().tolist() for n, t in accelerator.get_state_dict(model).items()}
+    accelerator.end_training()
+    return found
+
+
+def sgd(parameters: Any) -> Any:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def assert_same(found: dict[str, list[float]], truth: dict[str, Tensor]) -> None:
+    for name, weight in truth.items():
+        assert found[name] == pytest.approx(weight.flatten().tolist(), rel=1e-4, abs=1e-6), name
+
+
+JSON = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "eps": 1e-6, "torch_adam": True}}}
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_optimizer_of_the_json_is_filled_from_its_dummy(stage: int, ranks: Any) -> None:
+    """And a scheduler over the dummy reaches it."""
+    config = JSON | {"zero_optimization": {"stage": stage}}
+    found = ranks(2, trained, Net, lambda p: DummyOptim(p, lr=1e-2, weight_decay=0.1), False, {"config": config})[0]
+    assert_same(found, plain(Net, lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, eps=1e-6)))
+
+
+def with_a_dummy(options: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        trained(Net, lambda p: DummyOptim(p), False, options)
+    return str(caught.value)
+
+
+def test_a_dummy_without_a_section_or_a_stage_is_refused(ranks: Any) -> None:
+    assert "has no section 'optimizer'" in ranks(1, with_a_dummy, {"stage": 2})[0]
+    assert "DummyOptim and ZeRO stage 0" in ranks(1, with_a_dummy, {"stage": 0, "config": JSON})[0]
+
+
+@pytest.mark.slow
+def test_experts_that_not_every_rank_uses_are_gathered_as_a_whole(ranks: Any) -> None:
+    """Each rank uses one of two: without moe_leaf_modules they would wait for each other's pieces for good."""
+    options = CUT_UP | {"moe_leaf_modules": "Routed"}
+    found = ranks(2, trained, lambda: Net(routed=True), sgd, True, options)[0]
+    assert_same(found, plain(lambda: Net(routed=True), sgd, routed=True))
+
+
+def misnamed() -> str:
+    with pytest.raises(ConfigError) as caught:
+        trained(Net, sgd, False, CUT_UP | {"moe_leaf_modules": "Experts"})
+    return str(caught.value)
+
+
+def test_a_leaf_module_that_the_model_has_not_is_named(ranks: Any) -> None:
+    assert "the model has no 'Experts'. It has: Linear, Net, Sequential, Tanh" in ranks(1, misnamed)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_its_own_activation_checkpointing_gives_the_same_gradients(stage: int, ranks: Any) -> None:
+    options = {"stage": stage, "config": {"activation_checkpointing": {"partition_activations": False}}}
+    found = ranks(2, trained, lambda: Net(recompute=True), sgd, False, options)[0]
+    assert_same(found, plain(Net, sgd))
+
+
+@pytest.mark.slow
+def test_zero_plus_plus_keeps_a_second_copy_within_the_node(ranks: Any) -> None:
+    found = ranks(2, trained, Net, sgd, False, CUT_UP | {"zero_hpz_partition_size": 2})[0]
+    assert_same(found, plain(Net, sgd))
+
+
+def quantized(key: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        trained(Net, sgd, False, CUT_UP | {key: True})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients"])
+def test_zero_plus_plus_in_8_bits_is_refused_where_its_kernels_cannot_be(key: str, ranks: Any) -> None:
+    said = ranks(1, quantized, key)[0]
+    assert f"{key}: DeepSpeed has no kernels for it on cpu" in said
