@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from drivetrain.strategies.contract import CASES, MIXED, Case, check_strategy
 from drivetrain.strategies.contract_models import Llama
 from drivetrain.strategies.errors import ConfigError
-from drivetrain.strategies.mesh import ParallelPlan
+from drivetrain.strategies.mesh import ParallelPlan, mesh_of
 from drivetrain.strategies.parallel import ParallelStrategy
 from drivetrain.strategies.pipeline_chunks import Chunk
 from drivetrain.strategies.pipeline_options import SCHEDULES, Pipeline
@@ -48,10 +48,20 @@ def run_suite(plan: dict[str, int], schedules: list[str], todo: list[Case], **op
         world.stop()
 
 
-def test_every_schedule_gives_the_numbers_of_a_plain_loop_and_resumes_bit_for_bit(ranks: Any) -> None:
+@pytest.mark.parametrize(
+    "schedules",
+    [
+        pytest.param(["1f1b"], id="one stage a rank"),
+        pytest.param(["interleaved"], id="several"),
+        pytest.param(["zero-bubble"], id="weights apart"),
+        pytest.param(["dualpipev"], id="in a V"),
+        pytest.param(["gpipe", "looped-bfs", "zbv"], id="others", marks=pytest.mark.slow),
+    ],
+)
+def test_every_schedule_gives_the_numbers_of_a_plain_loop_and_resumes_bit_for_bit(schedules: list[str], ranks: Any) -> None:
     """Windows of three batches, sums with their counts, clipped; the last window has fewer samples than the pipeline chunks."""
-    found = ranks(2, run_suite, {"pp": 2}, list(SCHEDULES), cases(HARD, steps=2))
-    assert found == [[("pass", "")] * len(SCHEDULES)] * 2
+    found = ranks(2, run_suite, {"pp": 2}, schedules, cases(HARD, steps=2))
+    assert found == [[("pass", "")] * len(schedules)] * 2
 
 
 def test_beside_sharded_data_parallel_and_replicas(ranks: Any) -> None:
@@ -139,6 +149,20 @@ def recomputed() -> list[tuple[str, str]]:
 def test_a_stage_of_one_block_is_computed_again_like_the_others(ranks: Any) -> None:
     """Alone it could not be told to be a repeated one."""
     assert sum("full" in key for key, _ in ranks(2, recomputed)[0]) == 2
+
+
+def random_stream(degrees: dict[str, int]) -> int:
+    world = World.start("cpu", need_group=True)
+    mesh_of(world, ParallelPlan(**degrees))
+    found = world.random_index
+    world.stop()
+    return found
+
+
+def test_ranks_of_tp_share_a_random_stream_and_stages_do_not(ranks: Any) -> None:
+    """The first rank's number is 0 however many stages there are; ranks in the order pp, dp_shard, tp."""
+    assert ranks(4, random_stream, {"pp": 2, "tp": 2}) == [0, 0, 1, 1]
+    assert ranks(4, random_stream, {"pp": 2, "dp_shard": 2}) == [0, 1, 2, 3]
 
 
 class NormsHeads(nn.Module):

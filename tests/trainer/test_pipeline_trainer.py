@@ -292,7 +292,7 @@ def left_out(root: Path, strategy: str, make: Callable[[], Words], **options: An
     return found["logged"], made[0].__dict__.get("left_out", -1)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_steps_over_a_limit_of_the_loss_are_left_out_as_on_one_process(accumulate: int, ranks: Any, tmp_path: Path) -> None:
     """Also where only one micro-batch of a window is above it, whose gradients are on their way when that is known."""
     options = {"accumulate_grad_batches": accumulate, "global_batch_size": None}
