@@ -20,15 +20,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import ConfigError
-from .shared_sequence import SharedSequence, context_parallel_attention
+from .shared_sequence import SharedSequence, arange_length, context_parallel_attention
 
-__all__ = ["verify_step"]
+__all__ = ["Ambiguous", "verify_step"]
+
+_arange = torch.arange
 
 _Calls = list[tuple[Tensor, Tensor, Tensor, Tensor]]
 
 SAME, UNKNOWN, DIFFERENT = 0, 1, 2
 _ELSEWHERE = "on other ranks; their messages say where."
 _ADVICE = "ContextParallel(verify=False) goes on without asking."
+
+
+class Ambiguous(Exception):
+    """Another number of tokens has to be tried."""
 
 
 def verify_step(
@@ -42,8 +48,12 @@ def verify_step(
     tokens: int,
     positions: str,
     agree: Callable[[int], int],
-) -> tuple[bool, str]:
-    """Run the step on `whole` and on this rank's `part` of it; return (whether all was compared, how positions are found).
+) -> tuple[bool, str, frozenset[int]]:
+    """Run the step on `whole` and on this rank's `part` of it.
+
+    Returns:
+        Whether all was compared, how positions are found, and the lengths of which torch.arange is something else than
+        positions: those that it is asked for whatever the length of the sequence is.
 
     Collective. All ranks come to the same verdict.
     Args:
@@ -52,26 +62,33 @@ def verify_step(
         positions: "auto", "arange" or "model"; what is returned is one of the latter two.
         agree: returns the highest of the verdicts of all ranks that run the step.
     Raises:
+        Ambiguous: torch.arange(T) would be positions, T the length of the part, and this step asks for it for something else.
         ConfigError: other queries, keys, outputs, or another loss.
     """
     truth: _Calls = []
     tries = ["model", "arange"] if positions == "auto" else [positions]
-    fault = ""
+    fault, local, wanted, others = "", tokens // shared.layout.ranks, set[int](), frozenset[int]()
     with _quiet(model, shared):
         try:
-            with _Watch(truth, tokens):
+            with _Watch(truth, tokens, wanted):
                 expected = run(whole)
             for positions in tries:
                 shared.replaces_arange = positions == "arange"
                 found: _Calls = []
-                shared.begin(tokens // shared.layout.ranks)
+                if shared.replaces_arange and agree(int(local in wanted)):
+                    raise Ambiguous
+                shared.begin(local)
+                shared.asked = set()
                 shared.watch = lambda *call, found=found: found.append(call)
                 with shared.entered():
                     got = run(part)
+                others = frozenset(wanted & shared.asked)
                 verdict, fault = _difference(truth, found, expected, got, shared)
                 worst = agree(verdict)  # of other sequences too, or some ranks would try again while others go on
                 if worst != DIFFERENT:
-                    return worst == SAME, positions
+                    return worst == SAME, positions, others
+        except Ambiguous:
+            raise
         except Exception as error:
             error.add_note(f"Context parallel was verifying {method} on {tokens} tokens of the batch. {_ADVICE}")
             raise
@@ -111,7 +128,7 @@ def _quiet(model: nn.Module, shared: SharedSequence) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        shared.watch, shared.lengths, shared.stale = None, lengths, stale
+        shared.watch, shared.asked, shared.lengths, shared.stale = None, None, lengths, stale
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -124,11 +141,11 @@ def _device(model: nn.Module) -> torch.device | None:
 
 
 class _Watch(TorchFunctionMode):
-    """Collects what every attention over `tokens` keys was given and returned."""
+    """Collects what every attention over `tokens` keys was given and returned, and what torch.arange was asked for."""
 
-    def __init__(self, calls: _Calls, tokens: int) -> None:
+    def __init__(self, calls: _Calls, tokens: int, asked: set[int]) -> None:
         super().__init__()
-        self.calls, self.tokens = calls, tokens
+        self.calls, self.tokens, self.asked = calls, tokens, asked
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -137,6 +154,8 @@ class _Watch(TorchFunctionMode):
             given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
             if given["key"].shape[-2] == self.tokens:
                 self.calls.append((given["query"], given["key"], given["value"], out))
+        elif func is _arange and (length := arange_length(args, kwargs)) is not None:
+            self.asked.add(length)
         return out
 
 

@@ -10,6 +10,10 @@ stays as it is. Everything that treats each token alone needs nothing; what look
     the loss              a sum with its num_items is exact; a mean is, when all parts have as many labels that count
 So the first step is verified: a few tokens of its batch go through it whole and shared, and the queries, keys and outputs of
 every attention, and the loss, have to be the same (context_check.py); where they are not, the run is refused with the reason.
+What the first step cannot show: a mean over parts that hold other numbers of labels in a later step (another padding). It is
+the mean of the parts' means then, and not that of the sequence: where labels are ignored, return the sum and its num_items.
+A model called by itself, outside of a step and of `sharing(batch)` (Accelerator.maybe_context_parallel), is not shared: every
+rank of `cp` computes the whole sequences, with the right gradients, and nothing is saved.
 A prediction is not shared: each rank of `cp` computes it whole, so that outputs are whole.
 Source: the recipe of torchtitan and of torch.distributed.tensor.experimental.context_parallel, which has no CPU kernels.
 """
@@ -26,7 +30,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .context_check import verify_step
+from .compile import read_compile
+from .context_check import Ambiguous, verify_step
 from .errors import ConfigError, unknown_name
 from .parts import Part
 from .sequence_attention import METHODS
@@ -54,6 +59,9 @@ class ContextParallel:
             `sequence_dim` as the longest.
         positions: "arange" answers torch.arange(T), T the length of a part, with the positions of its tokens; "model" leaves it
             alone: the model uses `sequence_positions`, or takes positions from the batch. "auto": what the verification finds.
+        pad: {name in the batch: value}: sequences whose length cannot be shared equally are made longer with these values, for
+            causal attention or one with a mask: {"tokens": 0, "labels": -100}. The step has to return the sum of its losses and
+            num_items then. Without it such a length is refused.
         verify: compare the first step with the same step on whole sequences. It calls the step's code twice more, on few tokens.
         whole_steps: steps that are not shared.
     """
@@ -63,6 +71,7 @@ class ContextParallel:
     sequence_dim: int = 1
     keys: Sequence[str] | None = None
     positions: str = "auto"
+    pad: Mapping[str, Any] | None = None
     verify: bool = True
     whole_steps: Sequence[str] = ("predict_step",)
 
@@ -96,13 +105,16 @@ class ContextPart(Part):
     """What ParallelStrategy does for `cp`."""
 
     axis = "cp"
+    finishes = True
 
     def __init__(self, options: ContextParallel) -> None:
         self.options = options
         self.method = "all-gather" if options.method == "auto" else options.method
         self.found_positions = options.positions  # "auto" until a step was verified
-        self._names: list[tuple[dict[str, Any], str]] = []
         self._verified: set[tuple[int, str]] = set()
+        self._others: set[int] = set()  # what torch.arange means besides positions
+        self._sizes: set[tuple[str, int]] = set()  # which sizes of the batch are among these: (name, dimension)
+        self._padded = False
 
     def start(self, strategy: ParallelStrategy) -> None:
         super().start(strategy)
@@ -113,7 +125,14 @@ class ContextPart(Part):
         self.shared.replaces_arange = self.options.positions == "arange"
 
     def prepare_model(self, name: str, model: nn.Module) -> None:
-        self._names += [n for n in imported_names(model) if not any(n[0] is m[0] and n[1] == m[1] for m in self._names)]
+        if read_compile(self.strategy.compile) is not None:
+            raise ConfigError(
+                "compile=... with context parallel (cp): attention over several ranks is no code that torch.compile can take "
+                "into the graph of a block. Leave compile out, or cp. activation_checkpointing works with cp."
+            )
+        names = self.shared.names
+        names += [n for n in imported_names(model) if not any(n[0] is m[0] and n[1] == m[1] for m in names)]
+        model.register_forward_hook(self._answer)  # for loops that call the model, and loss.backward() behind it
 
     # -- a step -------------------------------------------------------------------------------------------------------
     def enter(
@@ -122,27 +141,79 @@ class ContextPart(Part):
         """Cut the batch; before the first step of a kind, verify it."""
         if method in self.options.whole_steps:
             return args, kwargs
-        length = self.length_of((args, kwargs))
-        self.shared.layout.check_length(length, "The sequence of this batch")
+        (args, kwargs), length = self._fitting((args, kwargs))
         if self.options.verify and (id(model), method) not in self._verified:
             self._verify(model, method, step, args, kwargs, length)
-        self.shared.begin(length // self.shared.layout.ranks)
+        local = length // self.shared.layout.ranks
+        if self.shared.replaces_arange and (self._others or self._sizes):
+            self._check_others(local, (args, kwargs))
+        self.shared.begin(local)
         return self._cut((args, kwargs), length)
 
     def inside(self, method: str | None) -> AbstractContextManager[Any] | None:
         if method is None:
             self.shared.stale = True
-            return self.shared.answering_backward(self._names)
+            return self.shared.answering_backward()
         return None if method in self.options.whole_steps else self.shared.entered()
 
     @contextmanager
     def sharing(self, batch: Any) -> Iterator[Any]:
         """Yield this rank's part of `batch`; inside, attention is answered as in a step. For loops of one's own."""
-        length = self.length_of(batch)
-        self.shared.layout.check_length(length, "The sequence of this batch")
-        self.shared.begin(length // self.shared.layout.ranks)
-        with self.shared.entered():
+        batch, length = self._fitting(batch)
+        with self._shared(length):
             yield self._cut(batch, length)
+
+    @contextmanager
+    def sharing_buffers(self, tensors: Sequence[Tensor], dims: Sequence[int], kept: Sequence[Tensor] = ()) -> Iterator[None]:
+        """Inside, `tensors` are this rank's parts of themselves along `dims`; those in `kept` stay so. See `Strategy.sharing`."""
+        layout = self.shared.layout
+        lengths = {t.shape[d] for t, d in zip(tensors, dims, strict=True)}
+        if len(lengths) != 1:
+            raise ConfigError(f"Buffers of one sequence have one length in their sequence's dimension, got {sorted(lengths)}.")
+        (length,) = lengths
+        layout.check_length(length, "The sequence of these buffers")
+        whole = [t.data for t in tensors]
+        for tensor, data, dim in zip(tensors, whole, dims, strict=True):
+            tensor.data = layout.split(data, dim)
+        try:
+            with self._shared(length):
+                yield
+        finally:
+            for tensor, data in zip(tensors, whole, strict=True):
+                if not any(tensor is k for k in kept):
+                    tensor.data = data
+                    torch.autograd.graph.increment_version(tensor)  # a backward pass that comes now is refused by torch
+
+    @contextmanager
+    def _shared(self, length: int) -> Iterator[None]:
+        """A loop of one's own: nothing was verified, so what torch.arange(T) means has to be said."""
+        self.shared.begin(length // self.shared.layout.ranks)
+        self.shared.unsure = self.found_positions == "auto"
+        try:
+            with self.shared.entered():
+                yield
+        finally:
+            self.shared.unsure = False
+
+    def finish(self, output: Any) -> Any:
+        """Let the backward pass of a step's output find its attention, whoever begins it."""
+        padded, self._padded = self._padded, False
+        if padded and isinstance(output, Tensor) and output.requires_grad:
+            raise ConfigError(
+                "ContextParallel(pad=...) has made this batch's sequences longer, so the parts hold different numbers of labels "
+                "and the mean of their means is not the mean. Return {'loss': the sum of the losses, 'num_items': how many}."
+            )
+        return self._answer(None, None, output)
+
+    def _answer(self, module: Any, args: Any, output: Any) -> Any:
+        def answer(tensor: Tensor, name: str) -> Tensor:
+            if tensor.requires_grad and self.shared.lengths and not self.shared.stale:
+                self.shared.answer_backward_of(tensor)
+            return tensor
+
+        if torch.is_grad_enabled():
+            _each(output, answer)
+        return output
 
     def _verify(
         self,
@@ -158,23 +229,63 @@ class ContextPart(Part):
                 "Context parallel verifies a step by running it on a few tokens, and a step under manual optimisation would "
                 "train on them. Say ContextParallel(verify=False, positions='model')."
             )
-        tokens = min(length, self.shared.layout.multiple * 16)
-        whole = _each((args, kwargs), lambda t, _: t.narrow(self.options.sequence_dim, 0, tokens), self._is_shared(length))
-        done, positions = verify_step(
-            model,
-            method,
-            lambda tree: step(*tree[0], **tree[1]),
-            whole,
-            self._cut(whole, tokens),
-            self.shared,
-            tokens=tokens,
-            positions=self.found_positions,
-            agree=self._agree,
-        )
+        multiple = self.shared.layout.multiple
+        for chunk in (16, 15, 13, 11, 17, 9, 7):  # tokens; others where a part is as long as something that is no sequence
+            tokens = min(length, multiple * chunk)
+            whole = _each((args, kwargs), lambda t, _: t.narrow(self.options.sequence_dim, 0, tokens), self._is_shared(length))  # noqa: B023 (called here)
+            try:
+                done, positions, others = verify_step(
+                    model,
+                    method,
+                    lambda tree: step(*tree[0], **tree[1]),
+                    whole,
+                    self._cut(whole, tokens),
+                    self.shared,
+                    tokens=tokens,
+                    positions=self.found_positions,
+                    agree=self._agree,
+                )
+                break
+            except Ambiguous:
+                others = {tokens // self.shared.layout.ranks}
+        else:
+            raise self._ambiguous(min(others))
         self.found_positions = positions
         self.shared.replaces_arange = positions == "arange"
+        # A size of this batch may be another in the next.
+        self._sizes |= {where for where, size in self._sizes_of((args, kwargs)).items() if size in others}
+        self._others |= others
         if done:
             self._verified.add((id(model), method))
+
+    def _sizes_of(self, batch: Any) -> dict[tuple[str, int], int]:
+        """Return (name, dimension) -> size of the tensors of a batch, but for that of the sequence."""
+        found: dict[tuple[str, int], int] = {}
+
+        def look(tensor: Tensor, name: str) -> Tensor:
+            found.update({(name, i): n for i, n in enumerate(tensor.shape) if i != self.options.sequence_dim})
+            return tensor
+
+        _each(batch, look)
+        return found
+
+    def _check_others(self, local: int, batch: Any) -> None:
+        """Refuse a part that is as long as something else that torch.arange is asked for: one answer would be wrong.
+
+        Raises:
+            ConfigError: names the length.
+        """
+        now = self._sizes_of(batch) if self._sizes else {}
+        if local in self._others or any(now.get(where) == local for where in self._sizes):
+            raise self._ambiguous(local)
+
+    def _ambiguous(self, local: int) -> ConfigError:
+        return ConfigError(
+            f"A rank's part of this batch's sequences is {local} tokens long, and the step asks torch.arange({local}) for "
+            "something else than positions too (the number of samples, half of a head's features): one answer would be wrong. "
+            "Use drivetrain.sequence_positions(length, device) for positions with ContextParallel(positions='model'), or another "
+            "length or batch size."
+        )
 
     def _agree(self, verdict: int) -> int:
         """Return the highest verdict of all ranks that run the step together. Collective."""
@@ -182,6 +293,31 @@ class ContextPart(Part):
         found = torch.tensor(verdict, dtype=torch.int32, device=device)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.mesh.group("stage"))
         return int(found.item())
+
+    def _fitting(self, batch: Any) -> tuple[Any, int]:
+        """Return a batch whose sequences can be shared equally, and their length.
+
+        Raises:
+            ConfigError: they cannot, and `pad` does not say how to make them longer.
+        """
+        length, pad = self.length_of(batch), self.options.pad
+        missing = -length % self.shared.layout.multiple
+        self._padded = bool(missing) and pad is not None
+        if not self._padded or pad is None:
+            self.shared.layout.check_length(length, "The sequence of this batch")
+            return batch, length
+        dim = self.options.sequence_dim
+
+        def longer(tensor: Tensor, name: str) -> Tensor:
+            if name not in pad:
+                raise ConfigError(
+                    f"ContextParallel(pad={dict(pad)}) has to make sequences of {length} tokens {missing} longer, and does not "
+                    f"name {name or 'a tensor without a name'}. Say with what: pad={{{name!r}: ...}}."
+                )
+            more = tensor.new_full((*tensor.shape[:dim], missing, *tensor.shape[dim + 1 :]), pad[name])
+            return torch.cat([tensor, more], dim)
+
+        return _each(batch, longer, self._is_shared(length)), length + missing
 
     # -- batches ------------------------------------------------------------------------------------------------------
     def length_of(self, batch: Any) -> int:

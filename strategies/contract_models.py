@@ -167,7 +167,8 @@ def rotate(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
     """Turn pairs of features of x (samples, heads, length, head_dim) by angles that grow with `positions` (length,)."""
     half = x.shape[-1] // 2
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    speed = theta ** (-torch.arange(half, device=x.device, dtype=exact) / half)
+    # In steps of two: where half is the length of a part, arange(half) would be taken for positions under context parallel.
+    speed = theta ** (-torch.arange(0, 2 * half, 2, device=x.device, dtype=exact) / (2 * half))
     angle = positions.to(exact)[:, None] * speed
     cos, sin = angle.cos(), angle.sin()
     a, b = x.to(exact).split(half, dim=-1)

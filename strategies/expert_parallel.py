@@ -24,7 +24,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from .activation import read_checkpointing
 from .autograd_collectives import all_to_all, exchange
+from .compile import read_compile
 from .errors import ConfigError
 from .experts import Experts
 from .parts import Part
@@ -80,6 +82,7 @@ class ExpertPart(Part):
     # -- building -----------------------------------------------------------------------------------------------------
     def prepare_model(self, name: str, model: nn.Module) -> None:
         """Find the modules of experts, check them, and let their forward send tokens."""
+        self._check_shaping()
         patterns, ranks = self.options.modules, self.mesh.size("ep")
         found = [
             (path, module)
@@ -98,6 +101,21 @@ class ExpertPart(Part):
             self._check(path, module, ranks, self.mesh.size("expert_fsdp"))
             self._experts[id(module)] = (path, module)
             module.forward = functools.partial(_forward, module, module.forward, group)
+
+    def _check_shaping(self) -> None:
+        """Experts are units of fully_shard inside of blocks: gathered in the middle of what would be one graph."""
+        again = read_checkpointing(self.strategy.activation_checkpointing)
+        if again is not None and again.mode == "selective":
+            raise ConfigError(
+                "activation_checkpointing='selective' with expert parallel (ep): torch cannot tell which results were kept where "
+                "experts are gathered inside of a block that is computed again. Use activation_checkpointing='full', or leave "
+                "ep out."
+            )
+        if read_compile(self.strategy.compile) is not None:
+            raise ConfigError(
+                "compile=... with expert parallel (ep): experts are gathered and tokens sent in the middle of a block, which "
+                "torch.compile cannot take into one graph. Leave compile out, or ep."
+            )
 
     def _check(self, path: str, module: nn.Module, ranks: int, shards: int) -> None:
         sizes = {key: tuple(p.shape) for key, p in module.named_parameters()}

@@ -160,11 +160,21 @@ def _all_gather(
                 _sdpa(queries, k[..., :end, :], v[..., :end, :], None, dropout_p, True, scale=scale, enable_gqa=enable_gqa)
             )
         else:
-            triangle = causal_lower_right(size, end)
+            triangle = _triangle(size, end, queries.device)
             found.append(
                 _sdpa(queries, k[..., :end, :], v[..., :end, :], triangle, dropout_p, scale=scale, enable_gqa=enable_gqa)
             )
     return torch.cat(found, -2)
+
+
+def _triangle(queries: int, keys: int, device: torch.device) -> Tensor:
+    """The lower right triangle: torch's object that stands for it, for which it has fast kernels, or a mask of it.
+
+    Under selective activation checkpointing torch runs a dispatch mode, in which no such object can be made.
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return causal_lower_right(queries, keys)
 
 
 def _ulysses(

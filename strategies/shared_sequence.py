@@ -15,8 +15,8 @@ attention and torch.arange.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from .errors import ConfigError
 from .sequence_attention import attention_over_ranks
 from .sequence_layout import SequenceLayout
 
-__all__ = ["SharedSequence", "context_parallel_attention", "imported_names", "sequence_positions"]
+__all__ = ["SharedSequence", "arange_length", "context_parallel_attention", "imported_names", "sequence_positions"]
 
 _sdpa, _arange = F.scaled_dot_product_attention, torch.arange
 
@@ -88,17 +88,24 @@ class SharedSequence:
         lengths: of this rank's parts of sequences whose backward pass has not run yet.
         replaces_arange: answer torch.arange(T), T one of `lengths`, with the positions.
         watch: called with (q, k, v, output) of every attention, for who compares.
+        asked: the lengths that torch.arange was asked for, where somebody wants to know.
+        unsure: nobody has said what torch.arange(T) is in this model, so it is refused.
+        names: (namespace, name): where torch's attention stands under a name of its own.
     """
 
     def __init__(self, group: dist.ProcessGroup, layout: SequenceLayout, method: str) -> None:
         self.group, self.layout, self.method = group, layout, method
         self.lengths: set[int] = set()
         self.stale = False
-        self.replaces_arange = False
+        self.replaces_arange = self.unsure = False
+        self.asked: set[int] | None = None
+        self.names: list[tuple[dict[str, Any], str]] = []
+        self._open: ExitStack | None = None
         self.watch: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None
 
     def begin(self, length: int) -> None:
         """Say that a step begins whose parts are `length` long."""
+        self._close()  # of a backward pass that failed
         if self.stale:
             self.lengths.clear()
             self.stale = False
@@ -108,13 +115,9 @@ class SharedSequence:
         return _Mode(self)
 
     @contextmanager
-    def answering_backward(self, names: Iterable[tuple[dict[str, Any], str]]) -> Iterator[None]:
-        """Answer forward passes that run again inside of a backward pass.
-
-        Args:
-            names: (namespace, name): where torch's attention stands under a name of its own.
-        """
-        exchanged = [(vars(F), "scaled_dot_product_attention"), (vars(torch), "arange"), *names]
+    def answering_backward(self) -> Iterator[None]:
+        """Answer forward passes that run again inside of a backward pass."""
+        exchanged = [(vars(F), "scaled_dot_product_attention"), (vars(torch), "arange"), *self.names]
         before = [namespace[name] for namespace, name in exchanged]
         _answering.append(self)
         try:
@@ -125,6 +128,22 @@ class SharedSequence:
             for (namespace, name), own in zip(exchanged, before, strict=True):
                 namespace[name] = own
             _answering.pop()
+
+    def answer_backward_of(self, output: Tensor) -> None:
+        """Answer the backward pass that comes through `output`, whoever begins it: loss.backward() too."""
+        output.register_hook(self._backward_begins)
+
+    def _backward_begins(self, grad: Tensor) -> None:
+        if self._open is None and self not in _answering:
+            self._open = ExitStack()
+            self._open.enter_context(self.answering_backward())
+            # What FSDP and DDP use: called when this backward pass ends.
+            torch.autograd.Variable._execution_engine.queue_callback(self._close)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _close(self) -> None:
+        if self._open is not None:
+            opened, self._open, self.stale = self._open, None, True
+            opened.close()
 
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
         """Answer F.scaled_dot_product_attention."""
@@ -171,13 +190,25 @@ class SharedSequence:
 
     def arange(self, *args: Any, **kwargs: Any) -> Tensor:
         """Answer torch.arange: arange(T) and arange(0, T) over a part of a sequence are its positions."""
-        if self.replaces_arange and not kwargs.get("requires_grad"):
-            numbers = list(args) + [kwargs[name] for name in ("start", "end", "step") if name in kwargs]
-            numbers = [0, *numbers] if len(numbers) == 1 else numbers
-            if numbers[0] == 0 and numbers[1] in self.lengths and numbers[2:] in ([], [1]):
-                found = self.layout.positions(int(numbers[1]), kwargs.get("device"))
+        if self.replaces_arange or self.unsure or self.asked is not None:
+            length = arange_length(args, kwargs)
+            if length is not None and self.asked is not None:
+                self.asked.add(length)
+            if length in self.lengths and self.unsure:
+                raise ConfigError(
+                    f"torch.arange({length}) is asked for while sequences are shared, {length} tokens to a rank, and no step was "
+                    "verified that would say whether it means positions. Say ContextParallel(positions='arange') if it does, "
+                    "or use drivetrain.sequence_positions(length, device) and say positions='model'."
+                )
+            if length in self.lengths and self.replaces_arange:
+                found = self.layout.positions(length, kwargs.get("device"))
                 return found.to(kwargs.get("dtype") or torch.int64)
         return _arange(*args, **kwargs)
+
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        """Answer Tensor.backward inside of a loop's `sharing`."""
+        with nullcontext() if self in _answering else self.answering_backward():
+            Tensor.backward(*args, **kwargs)
 
     def refuse_multihead(self, *args: Any, **kwargs: Any) -> Any:
         """torch's nn.MultiheadAttention holds masks against the length that it sees, which is that of a part."""
@@ -191,6 +222,14 @@ class SharedSequence:
         return F.multi_head_attention_forward(*args, **kwargs)
 
 
+def arange_length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Return T where these are the arguments of torch.arange(T) or arange(0, T), which positions could be; else None."""
+    numbers = list(args) + [kwargs[name] for name in ("start", "end", "step") if name in kwargs]
+    numbers = [0, *numbers] if len(numbers) == 1 else numbers
+    plain = not kwargs.get("requires_grad") and numbers[0] == 0 and numbers[2:] in ([], [1])
+    return int(numbers[1]) if plain and numbers[1] == int(numbers[1]) else None
+
+
 class _Mode(TorchFunctionMode):
     """Sees every call of a torch function while it is entered."""
 
@@ -202,6 +241,7 @@ class _Mode(TorchFunctionMode):
             sequence_positions: shared.positions,
             _arange: shared.arange,
             F.multi_head_attention_forward: shared.refuse_multihead,
+            Tensor.backward: shared.backward,
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
