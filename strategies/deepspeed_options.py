@@ -125,8 +125,8 @@ class DeepSpeedOptions(Strategy):
         keys = [key for key in zero if key.startswith("zero_quantized_") and zero[key] is True]
         if keys and device.type == "cpu":
             raise ConfigError(
-                f"{', '.join(keys)}: DeepSpeed has no kernels for it on {device.type}. Leave it out (zero_hpz_partition_size works "
-                "there), or run on an accelerator."
+                f"{', '.join(keys)}: DeepSpeed has no kernels for it on {device.type}. Leave it out (zero_hpz_partition_size "
+                "works there), or run on an accelerator."
             )
 
     def _section(self, key: str) -> dict[str, Any]:
