@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,8 @@ from torch.distributed.tensor.parallel import (
 from . import dtensors
 from .errors import ConfigError, UnknownName, suggest
 from .parts import Part
+from .precision.linears import LowPrecisionLinear
+from .precision.split_linears import Split
 from .sequence_styles import Gathered, HeldWhole, SequenceBlocks, blocks_of
 from .tensor_plans import Chosen, choose_styles, heads_of, match_styles
 
@@ -241,9 +243,14 @@ class TensorParallel(Part):
     def _check(self, name: str, model: nn.Module, path: str, style: Any) -> None:
         """Refuse what cannot be cut by `style` on this many ranks."""
         module, n = model.get_submodule(path), self.degree
-        if isinstance(style, ParallelStyle) or style in ("heads", "sequence"):
+        if style in ("heads", "sequence"):
             return
-        if not isinstance(module, nn.Linear | nn.Embedding) or type(module).__module__.startswith(__package__ or "drivetrain"):
+        if isinstance(module, LowPrecisionLinear):
+            self._check_low_precision(name, path, module, style)
+        if isinstance(style, ParallelStyle):
+            return
+        ours = type(module).__module__.startswith(__package__ or "drivetrain") and type(module) is not LowPrecisionLinear
+        if not isinstance(module, nn.Linear | nn.Embedding) or ours:
             raise ConfigError(
                 f"{path} of model {name!r} is a {type(module).__name__}, and {style!r} cuts Linear and Embedding as they are in "
                 "torch. Give it a ParallelStyle of its own, leave it out of the plan, or take a precision that changes none."
@@ -266,6 +273,24 @@ class TensorParallel(Part):
                 f"divided by {n}, and a head is not cut through. Choose a tp that divides {heads}."
             )
 
+    def _check_low_precision(self, name: str, path: str, module: LowPrecisionLinear, style: Any) -> None:
+        """Refuse a product that has no way to multiply parts of a matrix by the scales of the whole."""
+        over = getattr(module.matmul, "over", None)
+        found = "it has no product of matrices that are cut over tp" if over is None else over(self.tp_mesh)
+        if isinstance(style, ParallelStyle) and not isinstance(style, ColwiseParallel | RowwiseParallel):
+            found = f"it does not know the style {type(style).__name__}"
+        multiple = module.matmul.multiple
+        rows = isinstance(style, RowwiseParallel) or str(style).startswith("rowwise")
+        cut = module.in_features if rows else module.out_features
+        if not isinstance(found, str) and (cut // self.degree) % multiple:
+            found = f"of {cut} features each of {self.degree} ranks would have {cut / self.degree:g}, no multiple of {multiple}"
+        if isinstance(found, str):
+            raise ConfigError(
+                f"tp={self.degree} cannot cut {path} of model {name!r}, which multiplies in {module.matmul!r}: {found}. Use "
+                "precision='fp8-ao' (one scale a tensor) or 'bf16-mixed', skip this Linear in the precision's recipe, or leave "
+                "it out of the tensor plan."
+            )
+
     # -- cutting ----------------------------------------------------------------------------------------------------------
     def wants(self, name: str, model: nn.Module, path: str, module: nn.Module) -> bool:
         return path in self._styles[id(model)]
@@ -285,6 +310,8 @@ class TensorParallel(Part):
                     f"{path} of model {name!r}, a {type(module).__name__}, cannot be cut by {style}: {error} Give it another "
                     "style, the same as a module that it shares its weight with, or leave it out of the plan."
                 ) from error
+        if isinstance(module, LowPrecisionLinear) and (own := _columns(self._styles[id(model)][path])) is not None:
+            module.split, module.matmul = Split(self.tp_mesh, own), cast("Any", module.matmul).over(self.tp_mesh)
         for key, parameter in before.items():
             new = module._parameters[key]
             if id(parameter) in self._tied:
@@ -366,6 +393,11 @@ class TensorParallel(Part):
             rows.append((f"{prefix}tensor parallel", f"{cut}   {chosen.reason}"))
             rows += [(f"{prefix}tensor parallel", note) for note in chosen.notes]
         return rows
+
+
+def _columns(styles: list[ParallelStyle]) -> bool | None:
+    """Whether a Linear's columns are cut, or its rows; None where it is held whole."""
+    return next((isinstance(s, ColwiseParallel) for s in styles if isinstance(s, ColwiseParallel | RowwiseParallel)), None)
 
 
 def _on_tp(parameter: Tensor) -> bool:

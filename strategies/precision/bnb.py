@@ -62,7 +62,7 @@ class FrozenLinear(LowPrecisionLinear):
 
     weight_absmax: Tensor
 
-    def product(self, input: Tensor) -> Tensor:
+    def product(self, input: Tensor, weight: Tensor) -> Tensor:
         matmul: Any = self.matmul
         return matmul.packed(input, self.weight, self.weight_absmax, (self.out_features, self.in_features))
 

@@ -26,7 +26,10 @@ from .formats import NumberFormat
 from .linears import Choice, LinearPrecision, Matmul
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from .float8_fsdp import Float8Gather
+    from .split_linears import SplitFloat8
 
 __all__ = ["Float8AO", "Float8Recipe", "rowwise", "rowwise_gw_hp"]
 
@@ -177,6 +180,14 @@ class Float8Matmul:
 
     def __call__(self, input: Tensor, weight: Tensor) -> Tensor:
         return self.function.apply(input, weight.t(), self.products, self.config)
+
+    def over(self, mesh: DeviceMesh) -> SplitFloat8 | str:
+        """Return the product of matrices that are cut over `mesh`, or why there is none."""
+        from .split_linears import SplitFloat8
+
+        if self.scaling != "tensorwise":
+            return f"{self.scaling} scales each row by itself, and tp cuts rows through, of the matrix or of its gradients"
+        return SplitFloat8(self, mesh, wanted_by="float8 under tp")
 
     def __repr__(self) -> str:
         return f"float8 {self.scaling}{', emulated' if self.config.emulate else ''}"

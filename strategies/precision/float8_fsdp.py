@@ -51,6 +51,11 @@ class Float8Gather:
             is_weight = parameter._module_info.param_name == "weight" and not parameter._module_info.shared_modules
             if not (is_weight and isinstance(linear, LowPrecisionLinear)) or uses[id(parameter.sharded_param)] > 1:
                 continue
+            if linear.split is not None:
+                raise ConfigError(
+                    f"{self.wanted_by}: fsdp_all_gather was asked for with tp, which cuts the weights first, so that the scale "
+                    "of what fsdp cuts is not the whole weight's. Leave fsdp_all_gather out, or tp."
+                )
             if parameter.mp_policy.param_dtype is not None:
                 raise ConfigError(
                     f"{self.wanted_by}: fsdp_all_gather and a param_dtype of {parameter.mp_policy.param_dtype} "

@@ -97,9 +97,14 @@ class LowPrecisionLinear(nn.Linear):
     """An `nn.Linear` whose product is made by `matmul`. Made by `swap`, never by its constructor."""
 
     matmul: Matmul
+    split: Any = None  # how it is cut over tp: a `split_linears.Split`
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (..., in) -> (..., out), in autocast's dtype where autocast is on, as with nn.Linear, else in the input's.
+        """input (..., in) -> (..., out), in autocast's dtype where autocast is on, as with nn.Linear, else in the input's."""
+        return self.through(input, self.weight, self.bias) if self.split is None else self.split(self, input)
+
+    def through(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return input @ weight.T + bias.
 
         Rows are filled up with zeros to a multiple of what the product needs, which changes neither it nor any scale.
         """
@@ -109,18 +114,20 @@ class LowPrecisionLinear(nn.Linear):
             input = input.to(torch.get_autocast_dtype(device))
         # No product of a converted tensor may be cast once more.
         with torch.autocast(device, enabled=False):
-            rows = input.numel() // self.in_features
+            width = input.shape[-1]
+            rows = input.numel() // width
             fill = -rows % self.matmul.multiple
             if fill:
-                padded = F.pad(input.reshape(rows, self.in_features), (0, 0, 0, fill))
-                output = self.product(padded)[:rows].reshape(*input.shape[:-1], self.out_features)
+                padded = F.pad(input.reshape(rows, width), (0, 0, 0, fill))
+                output = self.product(padded, weight)[:rows]
+                output = output.reshape(*input.shape[:-1], output.shape[-1])
             else:
-                output = self.product(input)
-            return output if self.bias is None else output + self.bias.to(output.dtype)
+                output = self.product(input, weight)
+            return output if bias is None else output + bias.to(output.dtype)
 
-    def product(self, input: Tensor) -> Tensor:
+    def product(self, input: Tensor, weight: Tensor) -> Tensor:
         """Return input @ weight.T, of as many rows as the product asks for."""
-        return self.matmul(input, self.weight)
+        return self.matmul(input, weight)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.matmul!r}"
