@@ -92,15 +92,15 @@ def chosen(found: Mapping[str, Any], names: Iterable[str], ignore: Iterable[str]
 
 def plain(module: Any) -> dict[str, Any]:
     """Return the hyperparameters of `module` that are plain values."""
-    return {n: _exact(v) for n, v in module.hparams.items() if _is_plain(v)}
+    return {n: exact(v) for n, v in module.hparams.items() if _is_plain(v)}
 
 
-def _exact(value: Any) -> Any:
+def exact(value: Any) -> Any:
     """Return a plain value as the built-in type that files know, where it is a subclass (numpy's floats, enumerations)."""
     if isinstance(value, list | tuple):
-        return [_exact(v) for v in value]
+        return [exact(v) for v in value]
     if isinstance(value, dict):
-        return {str(k): _exact(v) for k, v in value.items()}
+        return {str(k): exact(v) for k, v in value.items()}
     if isinstance(value, str):
         return str.__str__(value)
     kind = next((t for t in (bool, int, float) if isinstance(value, t)), None)

@@ -74,6 +74,7 @@ class Runtime(RollsBack, Facts):
     def __init__(self) -> None:
         self.stage = ""
         self.metrics: dict[str, float] = {}
+        self.resolved_config: dict[str, Any] = {}  # what a checkpoint says of the arguments, and of what became of them
         self.should_stop = False
         self.signals: SignalHandlers | None = None  # while a call runs: callbacks may say what a signal means
         self.leaving = 0  # the flags of the signal or limit for which the run leaves after its save
@@ -440,7 +441,8 @@ class Runtime(RollsBack, Facts):
         found = boundary.found
         # What a Checkpoint knows of its checkpoints is as it will be after this save.
         found.values |= {f"callback/{c.state_key}": c.state_dict() for c in self.callbacks if isinstance(c, Checkpoint)}
-        found.values |= {"hooks": extra, "due": list(boundary.due), "metrics/last": dict(boundary.metrics)}
+        found.values |= {"config": self.resolved_config, "hooks": extra}
+        found.values |= {"due": list(boundary.due), "metrics/last": dict(boundary.metrics)}
         meta = {
             "kind": "run",
             "progress": dict(boundary.progress),

@@ -21,7 +21,7 @@ from ..strategies.errors import CheckpointError, ConfigError
 from . import defaults, run_data
 from . import state as run_state
 from .config import tell_batch_size
-from .hparams import plain
+from .hparams import exact, plain
 from .loops.evaluate import evaluate, predict
 from .loops.train import TrainLoop
 from .metrics import Metrics
@@ -288,8 +288,9 @@ class Session:
         assert folder is not None
         kept = plain(trainer.module)
         config = trainer.config | ({"hparams": kept} if kept else {})
+        trainer.resolved_config = exact(config | defaults.resolved(trainer))
         if defaults.writes(trainer) and trainer.world.is_main:
-            write_config(folder.path, config | {"resume": self._resume_asked} | defaults.resolved(trainer))
+            write_config(folder.path, trainer.resolved_config | {"resume": self._resume_asked})
         goes_on = folder.resume_from is not None and folder.resume_from.parent.parent == folder.path
         trainer.tracking.start(
             RunInfo(folder.name, folder.id, folder.path, config, resumed=goes_on, step=trainer.progress.global_step)

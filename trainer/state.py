@@ -1,7 +1,8 @@
 """Everything that a checkpoint holds, and the order in which it is restored.
 
     tensors        model/<model>/<name>, optimizer/<optimizer>/<model>/<parameter>/<key>     (strategies/named_state.py)
-    values         optimizer/<optimizer>, precision, window, scheduler/<i>, and every provider by its name
+    values         optimizer/<optimizer>, precision, window, scheduler/<i>, and every provider by its name; in those of a Trainer
+                   also config: its arguments and what became of them, for people and `drivetrain ckpt show`
     rank values    random states of each rank, and the state of providers that is each rank's own (`state_is_per_rank`)
 
 `collect` takes it from a running accelerator; `restore` gives it back: first models and optimizers, then schedulers and

@@ -6,9 +6,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+import drivetrain
 import numpy as np
 import pytest
 import torch
+import yaml
 from drivetrain.callbacks.base import Callback
 from drivetrain.callbacks.checkpoint import Checkpoint
 from drivetrain.strategies.checkpoint import Checkpoint as Reader
@@ -21,7 +23,7 @@ from torchmetrics import MeanSquaredError
 VALUES = {
     *("optimizer/optimizer", "precision", "window", "scheduler/0", "scheduler/1", "scheduler/2"),
     *("progress", "loader/train", "registered/0", "callback/Checkpoint", "tracking"),
-    *("hooks", "due", "metrics/last"),
+    *("hooks", "due", "metrics/last", "config"),
 }
 RANK_VALUES = {"rng", "metrics/train", "callback/Recorder"}
 MODEL = {
@@ -51,6 +53,11 @@ def test_a_checkpoint_holds_exactly_this(tmp_path: Path) -> None:
         assert checkpoint.meta["kind"] == "run"
         assert checkpoint.meta["progress"]["global_step"] == 11
         assert checkpoint.meta["plan"] == {"strategy": "single", "precision": "fp32", "data_shards": 1}
+        written = yaml.safe_load((Path(result.folder) / "config.yaml").read_text())
+        assert {**checkpoint.value("config"), "resume": None} == written
+        assert written["resolved"]["seed"] == 3
+        versions = checkpoint.manifest["torch"], checkpoint.manifest["drivetrain"]
+        assert versions == (str(torch.__version__), drivetrain.__version__)
 
 
 def test_every_random_generator_comes_back_last(tmp_path: Path) -> None:

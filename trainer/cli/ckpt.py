@@ -106,12 +106,14 @@ def _show(chosen: argparse.Namespace) -> Outcome:
             "torch": manifest["torch"],
             "drivetrain": manifest["drivetrain"],
             "files": {n: e["bytes"] for n, e in manifest["files"].items()},
+            "config": checkpoint.value("config") if "config" in checkpoint.value_names() else {},
             "values": checkpoint.value_names(),
             "tensors": tensors,
             "aliases": dict(checkpoint.aliases),
         }
     lines = [f"{name:<12}{found[name]}" for name in ("path", "step", "saved_at", "world_size", "torch", "drivetrain")]
     lines += [f"{key:<12}{value}" for key, value in checkpoint.meta.items()]
+    lines += ["config"] + [f"  {key:<30}{value}" for key, value in found["config"].items()] if found["config"] else []
     lines += ["files"] + [f"  {name:<44}{_human(size):>12}" for name, size in found["files"].items()]
     lines += [f"values      {', '.join(found['values'])}", "tensors"]
     lines += [f"  {n:<60}{t['dtype']:<10}{'x'.join(map(str, t['shape'])) or 'scalar'}" for n, t in tensors.items()]
