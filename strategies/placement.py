@@ -257,9 +257,18 @@ def _fill_in_order(
 
 
 def _with_offload(
-    items: Sequence[_Item], computing: Sequence[Place], limits: Mapping[Place, int], main: Place, num_buffers: int
+    items: Sequence[_Item],
+    computing: Sequence[Place],
+    limits: Mapping[Place, int],
+    main: Place,
+    num_buffers: int,
+    reserved: int = 0,
 ) -> dict[str, Place]:
-    """Place a model that does not fit where it computes: what is outside of the blocks first, then as many blocks as fit."""
+    """Place a model that does not fit where it computes: what is outside of the blocks first, then as many blocks as fit.
+
+    Args:
+        reserved: bytes that the buffers take at least.
+    """
     offload = [p for p in ("cpu", "disk") if p in limits and p not in computing]
     left = {p: max(0, limits.get(p, 0)) for p in (*computing, *offload)}
     placed: dict[str, Place] = {}
@@ -279,7 +288,7 @@ def _with_offload(
     blocks = [i for i in blocks if sum(i[2].values()) <= 2 * usual]
     passing = {i[0] for i in blocks}
     # Padding to cache lines and pages: a fraction of a percent of a block of real size.
-    buffers = num_buffers * (max((sum(i[2].values()) for i in blocks), default=0) + 2**14)
+    buffers = begun = max(reserved, num_buffers * (max((sum(i[2].values()) for i in blocks), default=0) + 2**14))
     others = sorted((i for i in items if i[0] not in passing), key=lambda i: (i[3], sum(i[2].values())))
     for item in others:
         tied = next((home[t] for t in item[2] if t in home), None)
@@ -297,6 +306,9 @@ def _with_offload(
                 f"Give {main!r} more in max_memory, or lower activations."
             )
     left[main] -= buffers
+    if left[main] < 0 and buffers > begun:
+        # What stays took the room of buffers that only what came after it needs: once more, with room for them from the start.
+        return _with_offload(items, computing, limits, main, num_buffers, buffers)
     if left[main] < 0:
         raise ConfigError(
             f"max_memory gives {main!r} {left[main] + buffers:,} bytes for the weights, and the buffers alone take {buffers:,}: "

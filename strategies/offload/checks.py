@@ -41,7 +41,7 @@ def check_plain(tensors: Mapping[str, Tensor]) -> None:
         if not (type(tensor) in (Tensor, nn.Parameter, nn.Buffer) or is_away(tensor)):
             kind = type(tensor.data).__name__ if type(tensor) is nn.Parameter else type(tensor).__name__
             raise ConfigError(
-                f"{name} is of the type {kind}: a quantised weight, or another with parts of its own, and only plain tensors pass "
+                f"{name} is of the type {kind}: a quantised weight, or another with parts of its own. Only plain tensors pass "
                 "through buffers. Keep its module resident (give it a device in device_map), offload the model in bfloat16, or "
                 "keep the small type with attach_layerwise_casting_hooks."
             )

@@ -158,3 +158,12 @@ def test_classes_that_are_named_are_never_split(net: Net) -> None:
 def test_the_free_memory_of_this_machine_is_found() -> None:
     limits = placement.get_max_memory()
     assert 2**27 < limits["cpu"] < 2**50
+
+
+def test_a_model_without_blocks_leaves_room_for_the_buffers_that_its_layers_need() -> None:
+    """Each of its layers may stay or pass: those that stay must not take the room of the buffers for the others."""
+    with init_empty_weights():
+        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(12)))
+    buffers = 2 * (BLOCK + 2**14)
+    found = infer_auto_device_map(model, {"cpu": buffers + BLOCK + BLOCK // 2})
+    assert sorted(found.values()) == ["cpu", *["disk"] * 11]
