@@ -103,6 +103,7 @@ class Pipelines:
         from ..strategies.pipeline_answers import stand_in
         from ..strategies.pipeline_options import Pipeline
         from ..strategies.pipeline_parallel import PipelinedModel
+        from ..strategies.pipeline_split import mark_elsewhere
 
         del no_split_module_classes
         world = self.world
@@ -126,6 +127,7 @@ class Pipelines:
         autocast = None if precision.autocast_dtype is None else lambda: precision.autocast(world.device)
         pipe.attach([], autocast=autocast)
         stand_in(pipe.owners)
+        mark_elsewhere(model)
         prepared = PipelinedInference(pipe, gather_output=gather_output, autocast=autocast)
         if example_args:
             prepared(*example_args)

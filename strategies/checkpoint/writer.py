@@ -280,7 +280,7 @@ def saveable(tensor: Tensor) -> str | None:
     if tensor.layout is not torch.strided:
         return f"of layout {tensor.layout}; pass its dense values and indices"
     if tensor.device.type == "meta":
-        return "on the meta device: it has no values yet"
+        return "on the meta device: it has no values (yet, or on this stage of a pipeline)"
     if tensor.dtype not in DTYPE_NAMES:
         return f"of type {tensor.dtype}, which has no place in the format"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ def test_without_gathering_only_the_last_process_has_it(ranks: Any) -> None:
     assert [tuple(t.shape) for t in last[0]] == [(n, 8, 16) for n in (1, 5, 8)]
 
 
-def splits() -> tuple[Any, str, str]:
+def splits() -> tuple[Any, ...]:
     accelerator = Accelerator(device="cpu")
     try:
         body = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
@@ -54,20 +55,22 @@ def splits() -> tuple[Any, str, str]:
         messages = []
         for call in (
             lambda: body(torch.ones(1, 4)),
+            lambda: torch.save(body.state_dict(), io.BytesIO()),
             lambda: accelerator.prepare_pipeline(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ["nothing"]),
         ):
             with pytest.raises(ConfigError) as error:
                 call()
             messages.append(str(error.value))
-        return prepared.explain(), messages[0], messages[1]
+        return prepared.explain(), *messages
     finally:
         accelerator.end_training()
 
 
 def test_splits_by_name_and_the_model_itself_is_not_to_be_called(ranks: Any) -> None:
-    rows, called, unknown = ranks(2, splits)[0]
+    rows, called, saved, unknown = ranks(2, splits)[0]
     assert ("stage 1", "rank 1 of pp: 4 (1 parts, 20% of the cost)") in rows
     assert "no rank has all of it" in called
+    assert "another stage of the pipeline holds" in saved
     assert "'nothing'" in unknown
 
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from drivetrain import Trainer, TrainingModule
+from drivetrain.callbacks.base import Callback
 from drivetrain.callbacks.checkpoint import Checkpoint
 from drivetrain.callbacks.loggers.jsonl import read_metrics
-from drivetrain.strategies.errors import ConfigError, NonFiniteError
+from drivetrain.strategies.errors import ConfigError, DrivetrainError, NonFiniteError
 from drivetrain.strategies.mesh import ParallelPlan
 from drivetrain.strategies.parallel import ParallelStrategy
 from drivetrain.strategies.world import World
@@ -231,6 +232,29 @@ def test_the_start_up_lines_say_what_a_rank_has_of_the_whole(ranks: Any, tmp_pat
         here, whole = (int(number.replace(",", "")) for number in found.groups())
         assert whole == number
         assert 0.3 * whole < here < 0.7 * whole
+
+
+class Averages(Callback):
+    """Keeps weights of its own, and saves them as they come."""
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        self.module = module
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: tensor for name, tensor in self.module.state_dict().items() if tensor.is_meta}
+
+
+def saves_placeholders(root: Path) -> str:
+    try:
+        fit(root, "pp:2", max_steps=1, callbacks=[Averages(), Checkpoint("1step", wait=True)])
+    except DrivetrainError as error:
+        return str(error)
+    return ""
+
+
+def test_a_callback_that_saves_what_another_stage_holds_is_refused_by_name(ranks: Any, tmp_path: Path) -> None:
+    assert "Averages" in (said := ranks(2, saves_placeholders, tmp_path)[0])
+    assert "on this stage of a pipeline" in said
 
 
 class Exploding(Words):
