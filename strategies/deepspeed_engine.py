@@ -56,9 +56,12 @@ def library(device: torch.device) -> Any:
                 import deepspeed
 
                 # What its first engine imports, with a warning of torch's own about torch's own.
+                import deepspeed.runtime.bf16_optimizer
                 import deepspeed.runtime.zero.muon.muon_optimizer
                 from deepspeed.utils import logger
 
+                # Stage 1 in bf16 prints its memory four times an engine, whatever was asked for, and collects all garbage for it.
+                deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
                 # Found by trying a compiler, which says on the screen what it misses. Once, before any process is forked.
                 _ = deepspeed.ops.__compatible_ops__
             # Its warnings are about what this strategy decides, and does on purpose.

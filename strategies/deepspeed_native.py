@@ -130,7 +130,7 @@ def fp32_weights(folder: str | Path, tag: str | None) -> dict[str, Tensor]:
     folder = Path(folder)
     heard = io.StringIO()
     with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard), deepspeed_engine.explained("zero_to_fp32"):
-        found = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_tag(folder, tag, "latest"))
+        found: Any = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_tag(folder, tag, "latest"))
     return {name: tensor.detach() for name, tensor in found.items()}
 
 

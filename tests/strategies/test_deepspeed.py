@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ library(torch.device("cpu"))  # here, once, and not in every forked rank
 
 
 def outcomes(strategy: str, options: dict[str, Any], cases: Sequence[Case]) -> list[tuple[str, str, str]]:
+    gc.freeze()  # stage 3 collects all garbage for each engine, and pytest's own is no part of that
     world = World.start("cpu", need_group=True)
     results = check_strategy(lambda: make_strategy(strategy, **options), world, cases=cases)
     world.stop()

@@ -82,6 +82,7 @@ def test_the_keys_of_zero_optimization_are_those_of_the_json() -> None:
 
 def test_what_no_object_tells_is_in_the_source() -> None:
     """LOCAL_RANK is read by zero.Init, and by stage 3 in a forward pass; the rest is switched from outside."""
+    from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.zero import parameter_offload, partition_parameters, stage_1_and_2, utils
 
     assert 'os.environ["LOCAL_RANK"]' in inspect.getsource(partition_parameters)
@@ -89,4 +90,5 @@ def test_what_no_object_tells_is_in_the_source() -> None:
     assert "self._offload_accumulated_param_ids" in inspect.getsource(stage_1_and_2)  # there only with offload
     assert isinstance(parameter_offload.FWD_MODULE_STACK, list)
     assert "_running_engine_step" in inspect.getsource(deepspeed.DeepSpeedEngine)
+    assert "see_memory_usage(" in inspect.getsource(bf16_optimizer)
     assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
