@@ -27,7 +27,12 @@ def run(tmp_path: Path) -> Path:
     for step, loss in ((10, 0.5), (20, 0.1), (30, 0.3)):
         weight = torch.full((4, 3), float(step))
         tensors = {"model/main/weight": weight, "model/main/tied": weight, "model/main/bias": torch.zeros(4)}
-        store.save(step, tensors, {"lr": step}, meta={"metrics": {"val_loss": loss}, "progress": {"global_step": step}})
+        store.save(
+            step,
+            tensors,
+            {"lr": step, "config": {"max_steps": 40}},
+            meta={"metrics": {"val_loss": loss}, "progress": {"global_step": step}},
+        )
     return tmp_path / "run"
 
 
@@ -57,9 +62,12 @@ def test_show_tells_all_of_the_newest_or_of_one(run: Path, capsys: pytest.Captur
     assert found["step"] == 10
     assert found["tensors"]["model/main/weight"] == {"dtype": "float32", "shape": [4, 3]}
     assert found["aliases"] == {"model/main/tied": "model/main/weight"}
-    assert found["values"] == ["lr"]
+    assert found["values"] == ["lr", "config"]
+    assert found["config"] == {"max_steps": 40}
     assert main(["ckpt", "show", str(run)]) == 0
-    assert "model/main/bias" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "model/main/bias" in said
+    assert "  max_steps                     40" in said
 
 
 @pytest.mark.parametrize("quick", [[], ["--quick"]])
