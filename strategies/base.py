@@ -227,6 +227,15 @@ class Strategy:
         """Return what runs the user's `model` in stages, where it is never called as a whole; else None."""
         return None
 
+    def sharing(
+        self, tensors: Sequence[Tensor], dims: Sequence[int], kept: Sequence[Tensor] = ()
+    ) -> AbstractContextManager[None]:
+        """Return a context in which `tensors` are this rank's part of their sequence, dimension `dims`, if ranks share sequences.
+
+        At its end they are whole again, but for those in `kept`. See context_parallel.py.
+        """
+        return nullcontext()
+
     # -- one micro-batch ----------------------------------------------------------------------------------------------
     def set_gradient_sync(self, models: Iterable[nn.Module], enabled: bool) -> None:
         """Say whether the coming backward averages gradients over ranks. Called only where `reduces_gradients`.

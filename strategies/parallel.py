@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -168,6 +168,19 @@ class ParallelStrategy(PipelineStrategy):
             return output
 
         return run
+
+    def sharing(
+        self, tensors: Sequence[Tensor], dims: Sequence[int], kept: Sequence[Tensor] = ()
+    ) -> AbstractContextManager[None]:
+        contexts = (part.sharing_buffers(tensors, dims, kept) for part in self.parts)
+        if (found := next((c for c in contexts if c is not None), None)) is None:
+            return super().sharing(tensors, dims, kept)
+        if not tensors:
+            raise ConfigError(
+                "A loop that shares its sequences over cp has to say which tensors are as long as they are: "
+                "maybe_context_parallel(buffers=[tokens, labels], buffer_seq_dims=[1, 1])."
+            )
+        return found
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """As without further axes, in the contexts that the parts want: what is recomputed is a forward pass."""

@@ -16,6 +16,8 @@ Each part has a file: tensor_parallel.py, context_parallel.py, expert_parallel.p
     enter(model, method, step, args, kwargs)
                                  a step begins: the arguments as this rank is to see them
     inside(method)               a context in which a step runs, and (method None) a backward pass; or None
+    sharing_buffers(tensors, dims, kept)
+                                 the same for a loop of one's own
     finish(output)               what a step returned, made plain again
     after_backward()             gradients are there, reduced; called once at least
     advice(error)                a sentence to be said beside an error of a step
@@ -24,11 +26,11 @@ Each part has a file: tensor_parallel.py, context_parallel.py, expert_parallel.p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -94,6 +96,12 @@ class Part:
 
     def inside(self, method: str | None) -> AbstractContextManager[Any] | None:
         """A context around a step, or (method None) around a backward pass: a new one at each call."""
+        return None
+
+    def sharing_buffers(
+        self, tensors: Sequence[Tensor], dims: Sequence[int], kept: Sequence[Tensor] = ()
+    ) -> AbstractContextManager[None] | None:
+        """What `Strategy.sharing` is to return, if it is this part's."""
         return None
 
     def finish(self, output: Any) -> Any:

@@ -42,6 +42,7 @@ from .pipeline import Pipelines
 from .preparing import Preparing
 from .process_control import ProcessControl
 from .saving import Saving
+from .sharing import SharedSequences
 from .stepping import Accumulating, Stepping
 from .trackers import Trackers
 
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 __all__ = ["Accelerator"]
 
 
-class Accelerator(HasPlugins, Preparing, Stepping, ProcessControl, Gathering, Saving, Trackers, Pipelines):
+class Accelerator(HasPlugins, Preparing, Stepping, ProcessControl, Gathering, Saving, Trackers, Pipelines, SharedSequences):
     """Prepares models, optimizers, schedulers and loaders for the machine at hand, and does what a step needs beside your code.
 
     Args:

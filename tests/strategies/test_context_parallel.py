@@ -154,15 +154,15 @@ def test_blocks_are_computed_again_and_not_compiled(options: dict[str, Any], say
 class Indexed(nn.Module):
     """Asks torch.arange for positions, for the number of samples, and for half of a head's features."""
 
-    def __init__(self, half: int = 5, *, samples: bool = True) -> None:
+    def __init__(self, width: int = 5, *, samples: bool = True) -> None:
         super().__init__()
-        self.samples, self.half = samples, half
+        self.samples, self.width = samples, width
         generator = torch.Generator().manual_seed(0)
         self.scale = nn.Parameter(torch.randn(16, 4, generator=generator, dtype=torch.float64))
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
         x = self.scale[batch["x"]] * (1 + torch.arange(batch["x"].shape[1]))[:, None]
-        x = x * torch.arange(self.half).square().sum()
+        x = x * torch.arange(self.width).square().sum()
         if self.samples:
             x = x + torch.arange(x.shape[0])[:, None, None]
         return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None]).square().mean()
