@@ -53,6 +53,8 @@ class Block(nn.Module):
 class Net(nn.Module):
     """A transformer's outline: embedding, blocks, norm, a head that is tied to the embedding, and a buffer in no file."""
 
+    scale: Tensor
+
     def __init__(self, layers: int = LAYERS) -> None:
         super().__init__()
         self.embed = nn.Embedding(WORDS, WIDTH)
@@ -159,7 +161,7 @@ def test_tensors_of_any_alignment_come_whole(tmp_path: Path, io: str) -> None:
 
 def test_other_types_than_those_of_the_file_are_converted_while_they_are_read(net: Net, words: Tensor, folder: Path) -> None:
     model = load_checkpoint_and_dispatch(empty(), folder, MIXED, dtype=torch.bfloat16)
-    model.scale = model.scale.to(torch.bfloat16)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    model.scale = model.scale.to(torch.bfloat16)
     with torch.no_grad():
         assert torch.equal(model(words), net.bfloat16()(words))
 
