@@ -364,7 +364,7 @@ def test_a_loop_of_ones_own_shares_its_batch(ranks: Any) -> None:
     torch.testing.assert_close(first[3], truth.qkv.weight.grad)
 
 
-@pytest.mark.parametrize("wrong", [{"method": "rings"}, {"positions": "rope"}, {"sequence_dim": -1}])
+@pytest.mark.parametrize("wrong", [{"method": "rings"}, {"method": "torch"}, {"positions": "rope"}, {"sequence_dim": -1}])
 def test_options_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(DrivetrainError, match=r"method|positions|sequence_dim"):
         ContextParallel(**wrong)
