@@ -78,8 +78,8 @@ class ContextParallel:
     def __post_init__(self) -> None:
         if self.method == "torch":
             raise ConfigError(
-                "ContextParallel(method='torch'): torch's own ring (torch.distributed.tensor.experimental.context_parallel) has no "
-                "kernels for the CPU, and is not taken over. Use method='ring', the same algorithm on every device."
+                "ContextParallel(method='torch'): torch's own ring (torch.distributed.tensor.experimental.context_parallel) has "
+                "no kernels for the CPU, and is not taken over. Use method='ring', the same algorithm on every device."
             )
         if self.method not in (*METHODS, "auto"):
             raise unknown_name("method of context parallel", self.method, [*METHODS, "auto"])
