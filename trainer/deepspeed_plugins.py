@@ -35,7 +35,7 @@ class DeepSpeedPlugin:
         hf_ds_config: the DeepSpeed JSON, as a path or a dict.
         zero_stage: 0 to 3; 2 where neither it nor the JSON says.
         gradient_accumulation_steps, gradient_clipping: the run's, where the JSON leaves them "auto".
-        zero3_init_flag: accepted; models are built in pieces inside `with accelerator.strategy.init_context():`.
+        zero3_init_flag: True is refused: models are built in pieces inside `with accelerator.strategy.init_context():`.
         others: as in Accelerate; see DeepSpeedStrategy.
     """
 
@@ -56,6 +56,11 @@ class DeepSpeedPlugin:
     ) -> None:
         from ..strategies.deepspeed_config import read_config
 
+        if zero3_init_flag:
+            raise ConfigError(
+                "DeepSpeedPlugin(zero3_init_flag=True) would let every from_pretrained of the process build in pieces, and that "
+                "is not switched from here. Leave it out, and build inside `with accelerator.strategy.init_context():`."
+            )
         self.hf_ds_config = hf_ds_config
         self.deepspeed_config: dict[str, Any] = {} if hf_ds_config is None else read_config(hf_ds_config)
         zero = self.deepspeed_config.setdefault("zero_optimization", {})

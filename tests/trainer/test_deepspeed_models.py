@@ -234,5 +234,7 @@ def test_a_joint_loss_gives_both_models_the_gradients_of_a_plain_backward_pass(o
 
 
 def test_what_is_no_plugin_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"zero3_init_flag=True\) .* build inside `with accelerator.strategy.init_context"):
+        DeepSpeedPlugin(zero_stage=3, zero3_init_flag=True)
     with pytest.raises(ConfigError, match="must be a DeepSpeedPlugin"):
         Accelerator(deepspeed_plugins={"a": 3})
