@@ -90,7 +90,8 @@ def test_diff_tells_what_differs_and_by_how_much(run: Path, capsys: pytest.Captu
     folder = run / "checkpoints"
     assert told(capsys, "diff", folder / "step-00000010", folder / "step-00000010")[0] == 0
     store = CheckpointStore(folder)
-    store.save(40, {"model/main/weight": torch.zeros(4, 3), "model/main/bias": torch.zeros(5), "new": torch.zeros(1)}, {"lr": 30})
+    tensors = {"model/main/weight": torch.zeros(4, 3), "model/main/bias": torch.zeros(5), "new": torch.zeros(1)}
+    store.save(40, tensors, {"lr": 30, "config": {"max_steps": 40}})
     code, found = told(capsys, "diff", folder / "step-00000030", folder / "step-00000040")
     assert code == 1
     assert found["only_first"] == ["model/main/tied"]
