@@ -1,7 +1,7 @@
 """Every strategy against one plain PyTorch loop: a table of strategies x precisions x cases, each cell pass, or refused and why.
 
     python tests/benchmarks/matrix.py                    all rows, 4 steps each: about a quarter of an hour on two cores
-    python tests/benchmarks/matrix.py --steps 50 --only fsdp --json FILE
+    python tests/benchmarks/matrix.py --steps 12 --only fsdp:2,pp:2 --json FILE     rows whose names start with one of these
 
 A row is a strategy on some processes, which are forked here and talk over gloo, and a model of contract_models.py; a cell is
 a case of contract.py: the losses of all steps and all weights against the plain loop, and a run that was saved and loaded
@@ -13,6 +13,7 @@ that the model has not (a window of BatchNorm is not one big batch). The exit co
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -80,6 +81,9 @@ def _rows() -> Iterator[Row]:
     yield Row("fsdp:4+ep:2", 4, "moe")
     for strategy in ("fsdp:2+tp:2", "fsdp:2+tp:2+sp", "fsdp:2+pp:2", "fsdp:2+cp:2", "tp:2+pp:2", "cp:2+tp:2"):
         yield Row(strategy, 4)
+    if importlib.util.find_spec("deepspeed") is not None:
+        for stage in (1, 2, 3):
+            yield Row(f"deepspeed:{stage}", 2)
     yield Row("hsdp:2+tp:2", 8)
     yield Row("fsdp:2+tp:2+pp:2", 8)
 
@@ -112,7 +116,7 @@ def run_row(row: Row, cases: Sequence[Case]) -> list[tuple[str, str, str, float,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--only", default="", help="rows whose name starts so")
+    parser.add_argument("--only", default="", help="beginnings of rows' names, with commas between them")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     cases = [replace(case, steps=args.steps) for case in (*CASES, *MIXED) if case.models == 1]
@@ -125,7 +129,7 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     notes: dict[str, list[str]] = {}
     for row in ROWS:
-        if row.label.startswith(args.only):
+        if row.label.startswith(tuple(args.only.split(","))):
             began = time.perf_counter()
             chosen = cases_of(row.model, cases)
             worst = cells_of(row, chosen)
