@@ -201,10 +201,10 @@ def sharded_calls(ours: bool, tp: int) -> float:
     count = 0
 
     def profile(frame: Any, event: str, argument: Any) -> None:
-        # Left out: how often torch's dispatch cache compares equal keys in SGD's add_, which hangs on where objects happen to lie,
-        # not on who wrote the loop. With all counted, by two profilers that differ in what they keep: by hand 3813.2 (two
-        # comparisons a step) and 3805.2 (none), ours 3833.2 (none) and 3841.2 (two). Ours is 28 above either way of counting
-        # equally, and was met at 20 and at 36 (2026-11, fsdp:2).
+        # Left out: how often torch's dispatch cache compares equal keys in SGD's add_. That hangs on where objects happen to lie,
+        # not on who wrote the loop: the same two loops, counted whole by two profilers that keep other things, took 3813.2
+        # (two comparisons a step) and 3805.2 calls by hand, 3833.2 (none) and 3841.2 with us: 20 and 36 above (fsdp:2).
+        # Without these calls it is 28, each one of ours.
         nonlocal count
         code = frame.f_code
         if not code.co_filename.endswith("_dtensor_spec.py") and code.co_name not in ("__eq__", "_check_equals"):
