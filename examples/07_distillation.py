@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--student", default="deepspeed:2", help="any strategy")
     parser.add_argument("--teacher", default="deepspeed", choices=sorted(TEACHERS))
     options = parser.parse_args()
-    stage = {"stage": 3} if options.teacher == "deepspeed" else {}
+    stage: dict[str, Any] = {"stage": 3} if options.teacher == "deepspeed" else {}
     trainer = Trainer(
         max_steps=options.max_steps,
         devices=options.devices,

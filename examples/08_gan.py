@@ -60,7 +60,8 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=500)
     parser.add_argument("--strategy", default="auto")
     options = parser.parse_args()
-    held = {} if options.strategy == "auto" else {"models": {"generator": options.strategy, "critic": options.strategy}}
+    both = {"generator": options.strategy, "critic": options.strategy}
+    held: dict[str, Any] = {} if options.strategy == "auto" else {"models": both}
     trainer = Trainer(max_steps=2 * options.max_steps, devices=options.devices, name="gan", seed=0, **held)
     chance = torch.Generator().manual_seed(1)
     angle = 2 * math.pi * torch.rand(2560, 1, generator=chance)

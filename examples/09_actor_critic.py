@@ -37,7 +37,7 @@ def train(accelerator: Accelerator, batches: Iterable[Tensor]) -> tuple[dict[str
     torch.manual_seed(0)
     actor, critic, reference = net(4), net(1), net(4)
     reference.load_state_dict(actor.state_dict())
-    trained = {"actor": actor, "critic": critic}
+    trained: dict[str, nn.Module] = {"actor": actor, "critic": critic}
     models = trained | {"reference": reference}
     prepared, optimizers = accelerator.prepare_models(
         models, lambda: {n: torch.optim.Adam(m.parameters(), lr=3e-3) for n, m in trained.items()}

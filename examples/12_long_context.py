@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from drivetrain import ContextParallel, ParallelStrategy, Trainer, TrainingModule
+from drivetrain import ContextParallel, Trainer, TrainingModule
 from drivetrain.strategies.base import make_strategy
 from text import standard_library, windows
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--max-steps", type=int, default=100)
     options = parser.parse_args()
-    strategy: str | ParallelStrategy = options.strategy
+    strategy: Any = options.strategy
     if "cp" in options.strategy:
         strategy = make_strategy(options.strategy, context_parallel=ContextParallel(method=options.method))
     data = DataLoader(Pairs(windows(standard_library()[0], options.length)[0]), batch_size=4, shuffle=True)

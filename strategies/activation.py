@@ -153,8 +153,9 @@ def _again(options: ActivationCheckpointing, forward: Callable[..., Any]) -> Cal
                 return checkpoint(forward, self, *args, use_reentrant=False, preserve_rng_state=preserve, **kwargs)
 
     # Code of its own: what torch.compile knows of a forward, it knows by its code.
-    run.__code__ = run.__code__.replace(co_name=f"{run.__code__.co_name}_{id(run)}")
-    return run
+    made: Any = run
+    made.__code__ = made.__code__.replace(co_name=f"{made.__code__.co_name}_{id(made)}")
+    return made
 
 
 def _operator(name: str) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import run_ranks
+from conftest import run_ranks  # pyright: ignore[reportAttributeAccessIssue]  of tests/, found by the line above
 from drivetrain.strategies.base import make_strategy
 from drivetrain.strategies.contract import CASES, MIXED, Case, cases_of, check_strategy
 from drivetrain.strategies.errors import ConfigError

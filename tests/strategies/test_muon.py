@@ -114,6 +114,8 @@ def trained(strategy: str, folder: str | None = None) -> list[float]:
     """Losses of twelve steps in float64; with `folder`, the last six after a save and a load into a new model."""
     accelerator = Accelerator(strategy=strategy)
     losses: list[float] = []
+    model: Any = None
+    optimizer: Any = None
     for part in range(2):
         if part == 0 or folder:
             model = Net(torch.float64)

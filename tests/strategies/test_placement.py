@@ -116,7 +116,7 @@ def test_accelerators_are_filled_in_order_then_the_host_then_the_disk(net: Net, 
 
 
 def test_balanced_shares_evenly_and_low_zero_spares_the_first(net: Net, four: None) -> None:
-    limits = dict.fromkeys(range(4), "10MB")
+    limits: dict[Any, Any] = dict.fromkeys(range(4), "10MB")
     found = placement.make_device_map(net, "balanced", limits)
     counts = [sum(placement.place_of(f"layers.{i}", found) == device for i in range(8)) for device in range(4)]
     assert counts == [2, 2, 2, 2]

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-BIG = {"vocabulary": 64, "dim": 32, "layers": 16, "heads": 4, "kv_heads": 4, "hidden": 96}
+BIG: dict[str, Any] = {"vocabulary": 64, "dim": 32, "layers": 16, "heads": 4, "kv_heads": 4, "hidden": 96}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -126,7 +126,7 @@ def test_the_count_sees_a_model_that_is_whole() -> None:
     assert live.most >= sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-LARGE = {"vocabulary": 64, "dim": 256, "layers": 16, "heads": 4, "kv_heads": 4, "hidden": 704}
+LARGE: dict[str, Any] = {"vocabulary": 64, "dim": 256, "layers": 16, "heads": 4, "kv_heads": 4, "hidden": 704}
 
 
 def memory(kind: str) -> int:

@@ -176,8 +176,7 @@ class CountsItself(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.n_heads, self.head_dim = 4, 4
-        for name in ("wq", "wk", "wv", "wo"):
-            setattr(self, name, nn.Linear(16, 16))
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(16, 16) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (w(x).view(*x.shape[:2], self.n_heads, self.head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
@@ -323,14 +322,15 @@ def transformers_models(options: Mapping[str, Any]) -> list[tuple[str, list[floa
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     world = World.start("cpu")
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 16}  # fmt: skip
     found = []
-    for kind, config in (
+    both: Any = (
         (LlamaForCausalLM, LlamaConfig(**common)),
         (Qwen3ForCausalLM, Qwen3Config(**common, head_dim=4, tie_word_embeddings=True)),
-    ):
+    )
+    for kind, config in both:
         losses = []
         for words in (None, "fsdp:1+tp:2"):
             torch.manual_seed(0)

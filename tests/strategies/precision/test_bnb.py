@@ -84,7 +84,7 @@ class Adapted(TinyGPT):
         for block in self.blocks:
             block.lora_a, block.lora_b = nn.Linear(64, 16, bias=False), nn.Linear(16, 64, bias=False)
             nn.init.zeros_(block.lora_b.weight)
-            block.register_forward_hook(lambda block, args, output: output + block.lora_b(block.lora_a(args[0])))
+            block.register_forward_hook(lambda b, args, output: output + b.lora_b(b.lora_a(args[0])))  # pyright: ignore
 
 
 @needs_bnb

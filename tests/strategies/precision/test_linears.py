@@ -28,6 +28,7 @@ class Rounded:
     """A product of inputs and weights rounded to `bits` bits of mantissa, in plain torch."""
 
     multiple = 16
+    formats: dict[str, Any] = {}  # noqa: RUF012  the protocol has it so
 
     def __init__(self, bits: int = 4) -> None:
         self.bits = bits

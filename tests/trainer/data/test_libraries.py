@@ -210,6 +210,7 @@ def test_a_data_set_that_is_told_its_position_goes_back_within_one_process() -> 
     epochs = []
     for batches in (8, 8):
         epoch = []
+        state: Any = None
         for batch in loader:
             epoch.append(numbers(batch))
             if len(epoch) == 3:
