@@ -49,7 +49,8 @@ def test_calls_do_not_grow_with_the_number_of_parameters(overhead: ModuleType) -
     above = [
         overhead.count_calls("drivetrain Trainer, defaults", layers=n) - overhead.count_calls("raw", layers=n) for n in (1, 30)
     ]
-    assert above[0] == pytest.approx(above[1])
+    # Growth would be 29 calls for each one a layer; a screen that is drawn by the clock may be drawn once more.
+    assert above[0] == pytest.approx(above[1], abs=1)
 
 
 def test_a_logged_value_costs_at_most_eight_calls(overhead: ModuleType) -> None:
