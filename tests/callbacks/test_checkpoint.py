@@ -306,13 +306,17 @@ def test_a_save_that_fails_beside_the_training_is_raised_at_the_next_one(tmp_pat
     callback = Checkpoint("2step")
     run = Run(tmp_path, callback).steps(2)
     run.store.join()
-    # At the next save, or, where the writer was quick, at the end of this one.
-    with pytest.raises(CheckpointError, match=r"Saving step 4 .*No space left"):
+
+    def two_more_saves() -> None:
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", refuse)
             run.steps(2)
             run.store.join()
         run.steps(2)
+
+    # By the next save, or, where the writer was quick, at the end of the one that failed.
+    with pytest.raises(CheckpointError, match=r"Saving step 4 .*No space left"):
+        two_more_saves()
     assert Path(callback.last_model_path).name == "step-00000002"
     assert run.left == [2]
 

@@ -120,7 +120,7 @@ def test_int8_weights_are_refused_on_several_processes(ranks: Any, tmp_path: Pat
 
 
 def test_linears_that_are_cut_by_tensor_parallel_are_refused(ranks: Any, tmp_path: Path) -> None:
-    """One scale for each row: a rank has rows of its own, or parts of rows. One for the whole matrix works: test_split_linears.py."""
+    """One scale for each row: a rank has rows of its own, or parts of rows. One for the whole matrix: test_split_linears.py."""
     from drivetrain.strategies.mesh import ParallelPlan
     from drivetrain.strategies.parallel import ParallelStrategy
 
