@@ -244,13 +244,18 @@ def test_the_test_notices_a_save_in_place(memory_path: Path, monkeypatch: pytest
 
 
 # -- at random instants ---------------------------------------------------------------------------------------------------
-def random_kills(root: Path, kills: int, seed: int) -> int:
-    """SIGKILL a process that saves without a pause, `kills` times; return how many left a half-written save behind."""
+def random_kills(root: Path, kills: int, seed: int, least: int) -> int:
+    """SIGKILL a process that saves without a pause; return how many left a half-written save behind.
+
+    `kills` times, and on, up to ten times as often, until `least` left one: how many do depends on the machine.
+    """
     generator = random.Random(seed)
     told = os.open(root.parent / "told", os.O_RDWR | os.O_CREAT)
     os.pwrite(told, struct.pack("qq", 0, 0), 0)  # the last save that returned, and how many processes have begun to save
     half_written = 0
-    for n in range(kills):
+    for n in range(10 * kills):
+        if n >= kills and half_written >= least:
+            break
         pid = os.fork()
         if pid == 0:
             with contextlib.suppress(BaseException):
@@ -280,9 +285,9 @@ def random_kills(root: Path, kills: int, seed: int) -> int:
 
 def test_twenty_random_kills_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seed = 20261122
-    hits = random_kills(tmp_path / "run", 20, seed)
+    hits = random_kills(tmp_path / "run", 20, seed, 5)
     with capsys.disabled():
-        print(f"\n[20 SIGKILLs, seed {seed}: {hits} hit a half-written save, 0 lost] ", end="")
+        print(f"\n[20 SIGKILLs or more, seed {seed}: {hits} hit a half-written save, 0 lost] ", end="")
     assert hits >= 5, "too few kills fell into a save to prove anything"
 
 
@@ -290,9 +295,9 @@ def test_twenty_random_kills_lose_nothing(tmp_path: Path, capsys: pytest.Capture
 def test_three_hundred_random_kills_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """0 losses of 300: with 95 % confidence the rate is under 1.3 %."""
     seed = time.time_ns() % 10**9
-    hits = random_kills(tmp_path / "run", 300, seed)
+    hits = random_kills(tmp_path / "run", 300, seed, 75)
     with capsys.disabled():
-        print(f"\n[300 SIGKILLs, seed {seed}: {hits} hit a half-written save, 0 lost] ", end="")
+        print(f"\n[300 SIGKILLs or more, seed {seed}: {hits} hit a half-written save, 0 lost] ", end="")
     assert hits >= 75
 
 
