@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..strategies.checkpoint.layout import human
 from ..strategies.placement import get_max_memory
 
 if TYPE_CHECKING:
@@ -30,14 +31,7 @@ def choose_by_size(module: nn.Module | None, world: World) -> tuple[str, str]:
     limits = get_max_memory()
     here = limits["cpu"] // world.local_size if world.device.type == "cpu" else limits.get(world.device.index or 0, 0)
     free = min(world.gather_json(here))
-    said = f"{_human(needed)} of parameters, gradients and AdamW's state"
+    said = f"{human(needed)} of parameters, gradients and AdamW's state"
     if needed <= free:
-        return "ddp", f"chosen: {world.size} processes, {said} fit the {_human(free)} of each"
-    return "fsdp", f"chosen: {said} do not fit the {_human(free)} that each of {world.size} processes has; a piece on each"
-
-
-def _human(size: int) -> str:
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size >= 1024**power:
-            return f"{size / 1024**power:.3g} {unit}"
-    return f"{size} bytes"
+        return "ddp", f"chosen: {world.size} processes, {said} fit the {human(free)} of each"
+    return "fsdp", f"chosen: {said} do not fit the {human(free)} that each of {world.size} processes has; a piece on each"

@@ -304,8 +304,13 @@ def info_of(path: Path, manifest: Mapping[str, Any]) -> CheckpointInfo:
     )
 
 
-def human(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+def human(size: float) -> str:
+    """Return a number of bytes for people to read."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
 
 
 def library_version() -> str:

@@ -41,11 +41,11 @@ def test_a_model_that_fits_each_process_is_copied_and_one_that_does_not_is_cut_u
     too_big = ranks(2, chosen, 2 * 2199, tmp_path)[0]
     assert fits[:2] == (
         "ddp",
-        "chosen: 2 processes, 2.15 KiB of parameters, gradients and AdamW's state fit the 2.15 KiB of each",
+        "chosen: 2 processes, 2.1 KiB of parameters, gradients and AdamW's state fit the 2.1 KiB of each",
     )
     assert too_big[:2] == (
         "fsdp",
-        "chosen: 2.15 KiB of parameters, gradients and AdamW's state do not fit the 2.15 KiB that each of 2 processes has; "
+        "chosen: 2.1 KiB of parameters, gradients and AdamW's state do not fit the 2.1 KiB that each of 2 processes has; "
         "a piece on each",
     )
     assert too_big[2] == pytest.approx(fits[2], rel=1e-6)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...strategies.checkpoint.layout import human
 from ...strategies.checkpoint.urls import local_path, path_of
 from ...strategies.errors import CheckpointError, ConfigError
 from .parser import Parser
@@ -91,7 +92,7 @@ def _ls(chosen: argparse.Namespace) -> Outcome:
     for info, row in zip(infos, rows, strict=True):
         metrics = "  ".join(f"{k} {v:.4g}" for k, v in row["metrics"].items() if isinstance(v, int | float))
         saved = info.saved_at[:19].replace("T", " ")
-        lines.append(f"{info.path.name:<20}{saved:<21}{_human(info.num_bytes):>10}{info.world_size:>7}  {metrics}")
+        lines.append(f"{info.path.name:<20}{saved:<21}{human(info.num_bytes):>10}{info.world_size:>7}  {metrics}")
     lines += [f"{name}: not readable: {why}" for name, why in broken.items()]
     return (3 if broken else 0), {"checkpoints": rows, "broken": broken}, lines
 
@@ -114,7 +115,7 @@ def _show(chosen: argparse.Namespace) -> Outcome:
     lines = [f"{name:<12}{found[name]}" for name in ("path", "step", "saved_at", "world_size", "torch", "drivetrain")]
     lines += [f"{key:<12}{value}" for key, value in checkpoint.meta.items()]
     lines += ["config"] + [f"  {key:<30}{value}" for key, value in found["config"].items()] if found["config"] else []
-    lines += ["files"] + [f"  {name:<44}{_human(size):>12}" for name, size in found["files"].items()]
+    lines += ["files"] + [f"  {name:<44}{human(size):>12}" for name, size in found["files"].items()]
     lines += [f"values      {', '.join(found['values'])}", "tensors"]
     lines += [f"  {n:<60}{t['dtype']:<10}{'x'.join(map(str, t['shape'])) or 'scalar'}" for n, t in tensors.items()]
     return 0, found, lines
@@ -190,7 +191,7 @@ def _export(chosen: argparse.Namespace) -> Outcome:
             metadata=tied,
         )
     found = {"files": [str(file) for file in files], "tensors": len(sizes), "bytes": sum(sizes.values())}
-    return 0, found, [*found["files"], f"{len(sizes)} tensors, {_human(found['bytes'])}"]
+    return 0, found, [*found["files"], f"{len(sizes)} tensors, {human(found['bytes'])}"]
 
 
 def _prune(chosen: argparse.Namespace) -> Outcome:
@@ -284,11 +285,3 @@ def _bytes_of(checkpoint: Checkpoint, name: str) -> int:
 
 def _dtype(checkpoint: Checkpoint, name: str) -> str:
     return str(checkpoint.dtype(name)).removeprefix("torch.")
-
-
-def _human(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
