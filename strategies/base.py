@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .compile import Compiled
     from .mesh import ParallelPlan
     from .pipeline_parallel import PipelinedModel
+    from .whole_tensors import WholeTensors
     from .world import World
 
 __all__ = ["Strategy", "make_precision", "make_strategy"]
@@ -212,6 +213,14 @@ class Strategy:
                     state[key] = value.to(parameter.device)
         return optimizer
 
+    def take_scheduler(self, scheduler: Any, optimizer: Optimizer) -> None:
+        """Take a scheduler over a prepared `optimizer`: one that stands for a configuration's (DeepSpeed's JSON) is made now."""
+        check_stand_in(scheduler, self.name)
+
+    def configured_optimizer(self, model: nn.Module) -> Any:
+        """Return what `configure_optimizers` leaves to the strategy by returning None: {"optimizer": ...}, or None for nothing."""
+        return None
+
     def unwrap(self, model: nn.Module) -> nn.Module:
         """Return the module that the user wrote, from what `prepare` returned for it."""
         return model
@@ -260,6 +269,9 @@ class Strategy:
     def manual_backward(self, loss: Tensor, **kwargs: Any) -> None:
         """The same, called by the user inside a step that runs under manual optimisation."""
         self.backward(loss, **kwargs)
+
+    def requires_grad_changed(self) -> None:
+        """Take notice that parameters of optimizers require gradients, or no more, from now on; also called inside a step."""
 
     # -- one optimizer step -------------------------------------------------------------------------------------------
     def grad_norm(self, parameters: Sequence[nn.Parameter], norm_type: float = 2.0) -> Tensor:
@@ -343,8 +355,17 @@ class Strategy:
         return load_weights(model.state_dict(), folder, strict=strict)
 
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the whole state of the user's `model`, at least on rank 0, under its own names. All ranks call it."""
+        """Return the whole state of the user's `model`, at least on rank 0, under its own names. All ranks call it.
+
+        Where ranks hold pieces it takes the whole model's bytes in rank 0's host memory; `whole_tensors` does not.
+        """
         return model.state_dict()
+
+    def whole_tensors(self, model: nn.Module) -> WholeTensors:
+        """Return the whole tensors of the user's `model`, to be read one at a time on rank 0. All ranks call it."""
+        from .whole_tensors import WholeTensors
+
+        return WholeTensors(self.world, self.full_state_dict(model))
 
     def explain(self) -> list[tuple[str, str]]:
         """Return (what, how) rows for the start-up lines."""

@@ -378,10 +378,16 @@ class FSDPStrategy(HoldsPieces):
 
     def manual_backward(self, loss: Tensor, **kwargs: Any) -> None:
         """The same inside of a step, which may go on to use the root's parameters: they are gathered again."""
+        running = [sharded for sharded in self._sharded.values() if sharded.depth]
+        for sharded in running:
+            sharded.reduce_behind(loss)
         self.backward(loss, **kwargs)
+        for sharded in running:
+            sharded.root.unshard()
+
+    def requires_grad_changed(self) -> None:
         for sharded in self._sharded.values():
-            if sharded.depth:
-                sharded.root.unshard()
+            sharded.follow_requires_grad()
 
     # -- one optimizer step -------------------------------------------------------------------------------------------
     def grad_norm(self, parameters: Sequence[nn.Parameter], norm_type: float = 2.0) -> Tensor:

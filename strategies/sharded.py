@@ -5,7 +5,8 @@
     run_as_forward(method)          a step between torch's hooks around a forward
 The module stays the user's own object under its own names; its class gains FSDPModule, its parameters become DTensors.
 It stands on these names of torch that are not documented: `_non_persistent_buffers_set` of nn.Module; FSDPModule._get_fsdp_state,
-FSDPState._fsdp_param_groups and FSDPParamGroup._sharded_state; tests/strategies/test_fsdp.py pins them.
+FSDPState._fsdp_param_groups and _register_root_post_backward_final_callback, FSDPParamGroup._sharded_state and fsdp_params, FSDPParam
+._unsharded_param and .sharded_param; tests/strategies/test_fsdp.py and tests/trainer/test_several_models.py pin them.
 """
 
 from __future__ import annotations
@@ -284,6 +285,28 @@ class Sharded:
             with torch.no_grad():
                 for buffer in persistent_buffers(self.model):
                     dist.broadcast(buffer, group=self.group, group_src=0)
+
+    def reduce_behind(self, loss: Tensor) -> None:
+        """Let the backward pass of `loss`, which is called inside of a step, end with the reduction of all gradients.
+
+        torch queues that behind it in a hook of each unit's output. The root has given none yet while its step runs, and a loss
+        that depends on its parameters only passes no unit.
+        """
+        state = self.root._get_fsdp_state()
+
+        def begin(grad: Tensor) -> None:
+            state._register_root_post_backward_final_callback()
+
+        loss.register_hook(begin)
+
+    def follow_requires_grad(self) -> None:
+        """Let parameters that are gathered right now require gradients as the pieces do: torch looks only when it gathers."""
+        for module in self.modules:
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    gathered = getattr(parameter, "_unsharded_param", None)
+                    if gathered is not None:
+                        gathered.requires_grad_(parameter.sharded_param.requires_grad)
 
     def set_sync(self, enabled: bool) -> None:
         if self.syncing is not enabled:

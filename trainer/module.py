@@ -326,12 +326,19 @@ class TrainingModule(nn.Module):
         self._untoggled = [(p, p.requires_grad) for p in held]
         for p in held:
             p.requires_grad_(p.requires_grad and id(p) in own)
+        self._tell_strategies()
 
     def untoggle_optimizer(self, optimizer: Any) -> None:
         """Undo `toggle_optimizer`."""
         for p, required in self._untoggled or ():
             p.requires_grad_(required)
         self._untoggled = None
+        self._tell_strategies()
+
+    def _tell_strategies(self) -> None:
+        accelerator = self.trainer.accelerator
+        for strategy in {accelerator.strategy, *accelerator.strategies.values()}:
+            strategy.requires_grad_changed()
 
     def lr_schedulers(self) -> Any:
         """Return the scheduler, the list of them, or None."""
