@@ -25,7 +25,6 @@ hugging_face = pytest.mark.skipif(
     importlib.util.find_spec("datasets") is None, reason="waits for Hugging Face datasets (pip install datasets)"
 )
 grain = pytest.mark.skipif(importlib.util.find_spec("grain") is None, reason="waits for grain (pip install grain)")
-slow = pytest.mark.slow  # importing these takes seconds
 theirs = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
@@ -49,7 +48,6 @@ def stopped_and_resumed(make: Callable[[], Any], stop: int) -> tuple[list[list[i
 
 
 @hugging_face
-@slow
 @theirs
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_map_style_data_set_of_hugging_face(workers: int) -> None:
@@ -73,7 +71,6 @@ def _iterable(shards: int = 1) -> DataLoader[Any]:
 
 
 @hugging_face
-@slow
 @theirs
 @pytest.mark.parametrize("stop", [1, 5])
 def test_an_iterable_data_set_of_hugging_face_goes_on_by_its_own_state(stop: int) -> None:
@@ -94,7 +91,6 @@ def _on_two(shards: int) -> list[int]:
 
 
 @hugging_face
-@slow
 @theirs
 @pytest.mark.parametrize("shards", [4, 1])
 def test_an_iterable_data_set_of_hugging_face_is_divided_among_ranks(shards: int, ranks: Any) -> None:
@@ -105,7 +101,6 @@ def test_an_iterable_data_set_of_hugging_face_is_divided_among_ranks(shards: int
 
 
 @grain
-@slow
 @theirs
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_map_data_set_of_grain(workers: int) -> None:
@@ -120,7 +115,6 @@ def test_a_map_data_set_of_grain(workers: int) -> None:
 
 
 @grain
-@slow
 @theirs
 @pytest.mark.parametrize("stop", [1, 5])
 def test_a_pipeline_of_grain_is_read_as_a_loader(stop: int) -> None:
