@@ -67,13 +67,19 @@ def _row(name: str, module: nn.Module) -> Row:
     parameters = [p for p in every if not is_lazy(p)]
     return Row(
         name=name,
-        type=type(module).__name__,
+        type=_class_name(module),
         parameters=sum(full_numel(p) for p in parameters),
         trainable=sum(full_numel(p) for p in parameters if p.requires_grad),
         num_bytes=sum(full_numel(p) * p.element_size() for p in parameters),
         dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
         lazy=len(parameters) < len(every),
     )
+
+
+def _class_name(module: nn.Module) -> str:
+    """The name of the user's class: torch's fully_shard puts one before it, FSDPModule its first base."""
+    first, *rest = type(module).__bases__
+    return (rest[0] if rest and first.__name__ == "FSDPModule" else type(module)).__name__
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -10,6 +10,7 @@ import torch
 from drivetrain.callbacks.summary import ModelSummary, startup_lines, summarize, table
 from drivetrain.strategies.errors import ConfigError
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def model() -> nn.Module:
@@ -43,6 +44,12 @@ def test_shared_and_lazy_parameters() -> None:
     rows = summarize(nn.ModuleDict({"lazy": nn.LazyLinear(3), "norm": nn.LayerNorm(3)}))
     assert [(row.parameters, row.lazy) for row in rows] == [(0, True), (6, False), (6, True)]
     assert "0 + lazy" in table(rows)
+
+
+def test_a_module_in_pieces_has_the_name_of_its_class() -> None:
+    whole = model()
+    whole.head.__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})  # what fully_shard does
+    assert [row.type for row in summarize(whole)] == ["Sequential", "Linear", "Sequential"]
 
 
 def test_the_table() -> None:
