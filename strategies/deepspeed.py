@@ -33,6 +33,7 @@ from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .named_state import Source
+    from .whole_tensors import WholeTensors
     from .world import World
 
 __all__ = ["DeepSpeedStrategy", "DummyOptim"]
@@ -411,7 +412,11 @@ class DeepSpeedStrategy(DeepSpeedOptions):
 
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Return all tensors, whole, in host memory on rank 0; nothing on the others: trained ones in fp32. Collective."""
-        return deepspeed_io.full_state_dict(self._held.get(id(model)), model, self.world)
+        return self.whole_tensors(model).all()
+
+    def whole_tensors(self, model: nn.Module) -> WholeTensors:
+        """Return the tensors of `model`, each put together when it is read: trained ones in fp32. Collective."""
+        return deepspeed_io.whole_tensors(self._held.get(id(model)), model, self.world)
 
     def save_native(self, model: nn.Module, folder: str | Path, tag: str = "step") -> None:
         """Write DeepSpeed's own checkpoint of `model` and its optimizer. Collective."""

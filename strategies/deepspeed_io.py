@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 from . import named_state
 from .deepspeed_held import Held
 from .deepspeed_state import Receiver, Stand, Stretch, full_shape, read_stretch, receiver_of, shards, stretch_of
+from .whole_tensors import WholeTensors
 
 if TYPE_CHECKING:
     from .world import World
 
-__all__ = ["full_state_dict", "load_state_tensors", "state_tensors"]
+__all__ = ["load_state_tensors", "state_tensors", "whole_tensors"]
 
 
 def _named(model: nn.Module) -> dict[str, Any]:
@@ -158,21 +159,20 @@ def _apply(
         owner.parts.fill_state({id(flat[index]): entry for index, entry in state["state"].items()})
 
 
-@torch.no_grad()
-def full_state_dict(held: Held | None, model: nn.Module, world: World) -> dict[str, Tensor]:
-    """Put the pieces of each tensor together on rank 0, one after the other."""
+def whole_tensors(held: Held | None, model: nn.Module, world: World) -> WholeTensors:
+    """Return the model's tensors, the pieces of each put together when it is read. Trained ones are in fp32."""
+    own = _named(model)
     if held is None or held.engine is None:
-        return {k: v.detach().cpu() for k, v in _named(model).items()} if world.is_main else {}
-    found: dict[str, Tensor] = {}
-    done: dict[int, Tensor] = {}
-    for key, value in _named(model).items():
-        if id(value) not in done:
-            done[id(value)] = _whole(held, value, world)
-        if world.is_main:
-            found[key] = done[id(value)].cpu()
-        else:
-            done[id(value)] = torch.empty(0)
-    return found
+        return WholeTensors(world, own)
+
+    def spec(value: Any) -> tuple[Sequence[int], torch.dtype]:
+        parts = held.parts
+        piece = parts.pieces.get(id(value)) if parts is not None else None
+        if piece is not None and parts is not None:
+            return full_shape(value), parts.masters[piece.group].dtype
+        return full_shape(value), value.ds_tensor.dtype if hasattr(value, "ds_tensor") else value.dtype
+
+    return WholeTensors(world, own, gather=lambda _, value: _whole(held, value, world), spec=spec)
 
 
 def _whole(held: Held, value: Any, world: World) -> Tensor:

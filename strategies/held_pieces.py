@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from . import dtensors, named_state
 from .base import Strategy
+from .whole_tensors import WholeTensors
 
 if TYPE_CHECKING:
     from .mesh import Mesh, ParallelPlan
@@ -84,19 +85,20 @@ class HoldsPieces(Strategy):
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Return all tensors, whole, in host memory on rank 0; nothing on the others. Collective: all ranks call it.
 
-        Tied tensors stay one tensor, so that an export can write them once.
+        It takes the whole model's bytes there: `whole_tensors` gives them one by one. Tied tensors are one tensor.
         """
+        return self.whole_tensors(model).all()
+
+    def whole_tensors(self, model: nn.Module) -> WholeTensors:
+        """Return the tensors of `model`, each put together when it is read. Collective."""
         self._free()
-        found: dict[str, Tensor] = {}
-        done: dict[int, Tensor] = {}
-        for key, tensor in model.state_dict(keep_vars=True).items():  # the parameters themselves, to be known again
-            if id(tensor) not in done:
-                held = tensor.detach()
-                whole = held.full_tensor() if isinstance(held, DTensor) else held
-                done[id(tensor)] = whole.cpu() if self.world.is_main else whole.new_empty(0)
-            if self.world.is_main:
-                found[key] = done[id(tensor)]
-        return found
+        own = model.state_dict(keep_vars=True)  # the parameters themselves: tied ones are known by that
+        return WholeTensors(self.world, own, gather=functools.partial(self._whole, model))
+
+    def _whole(self, model: nn.Module, name: str, own: Tensor) -> Tensor:
+        """Put one tensor of `model` together, at least on rank 0. Collective."""
+        held = own.detach()
+        return held.full_tensor() if isinstance(held, DTensor) else held
 
     # -- words --------------------------------------------------------------------------------------------------------
     def explain(self) -> list[tuple[str, str]]:

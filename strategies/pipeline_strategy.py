@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from . import dtensors, gradients, named_state
@@ -270,35 +269,23 @@ class PipelineStrategy(FSDPStrategy):
             return torch.empty(source.shape(name), device="meta")
         return super().place(own, name, source)
 
-    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return all tensors of all stages, whole, in host memory on rank 0; nothing on the others. Collective."""
+    def _whole(self, model: nn.Module, name: str, own: Tensor) -> Tensor:
+        """Put one tensor together in its stage, and send it to the first rank of the pipeline."""
         pipe = self._pipelines.get(id(model))
-        if pipe is None:
-            return super().full_state_dict(model)
-        self._free()
-        found: dict[str, Tensor] = {}
-        done: dict[int, Tensor] = {}  # tied tensors stay one
-        for key, variable in model.state_dict(keep_vars=True).items():
-            if id(variable) in done:
-                if self.world.is_main:
-                    found[key] = done[id(variable)]
-                continue
-            tensor = variable.detach()
-            stage = pipe.stage_of(key)
-            owner = pipe.rank if stage is None else pipe.place[stage]
-            if owner == pipe.rank:
-                whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().contiguous()
-            else:
-                whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-            if stage is not None and owner != 0:
-                if pipe.rank == owner:
-                    dist.send(whole, group=pipe.group, group_dst=0)
-                elif pipe.rank == 0:
-                    dist.recv(whole, group=pipe.group, group_src=owner)
-            done[id(variable)] = whole.cpu() if self.world.is_main else whole.new_empty(0)
-            if self.world.is_main:
-                found[key] = done[id(variable)]
-        return found
+        stage = None if pipe is None else pipe.stage_of(name)
+        if pipe is None or stage is None:
+            return super()._whole(model, name, own)
+        owner = pipe.place[stage]
+        if pipe.rank == owner:
+            whole = super()._whole(model, name, own).contiguous()
+            if owner != 0:
+                dist.send(whole, group=pipe.group, group_dst=0)
+            return whole
+        if pipe.rank == 0:
+            whole = torch.empty(own.shape, dtype=own.dtype, device=self.device)
+            dist.recv(whole, group=pipe.group, group_src=owner)
+            return whole
+        return own.detach()
 
     # -- words --------------------------------------------------------------------------------------------------------
     def _whole_models(self) -> list[tuple[str, nn.Module]]:

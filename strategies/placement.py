@@ -25,6 +25,7 @@ from .offload.sizes import tensor_bytes, tensors_of
 
 __all__ = [
     "check_device_map",
+    "free_host_memory",
     "get_balanced_memory",
     "get_max_memory",
     "infer_auto_device_map",
@@ -55,7 +56,7 @@ def get_max_memory(max_memory: Mapping[Place, int | str] | None = None) -> dict[
         if torch.accelerator.is_available():
             for index in range(torch.accelerator.device_count()):
                 limits[index] = int(torch.accelerator.get_memory_info(index)[0] * _SHARE)
-        limits["cpu"] = int(_free_host_memory() * _SHARE)
+        limits["cpu"] = int(free_host_memory() * _SHARE)
     numbers = sorted(p for p in limits if isinstance(p, int))
     ordered: dict[Place, int] = {n: limits[n] for n in numbers}
     return ordered | {p: limits[p] for p in ("cpu", "disk") if p in limits}
@@ -84,7 +85,7 @@ def _place(place: Place | torch.device) -> Place:
     return place
 
 
-def _free_host_memory() -> int:
+def free_host_memory() -> int:
     """Bytes that this process may still take: what is available, within the container's limit."""
     free = 0
     try:

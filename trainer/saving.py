@@ -144,7 +144,8 @@ class Saving:
     def get_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the full state dict of a prepared model, under the names that the user's module has. All processes call it.
 
-        Under a strategy that holds the model in pieces it is whole on the main process, in host memory, and empty on the others.
+        Under a strategy that holds the model in pieces it is whole on the main process, in its host memory, of which it takes the
+        model's full size (a warning says so where that is not free), and empty on the others. `save_model` does not need that.
         """
         module: nn.Module = self.unwrap_model(model)  # pyright: ignore[reportAttributeAccessIssue]
         return self._strategy_of(module).full_state_dict(module)
@@ -156,24 +157,24 @@ class Saving:
         """Write the bare weights of a model as Hugging Face has them (checkpoint/weights.py); return the first file.
 
         One `model.safetensors`, or, above `max_shard_size`, several files and `model.safetensors.index.json`. Tied weights are
-        written once, under their first name; their other names stand in the file's metadata. On the main process.
+        written once, under their first name; their other names stand in the file's metadata. Collective; the main process writes.
+        Where ranks hold pieces, tensor by tensor is put together, written and dropped: no rank ever holds the model.
 
         Raises:
+            CheckpointError: the files could not be written; on all processes.
             ConfigError: `save_directory` is a URL; bare weights are written to this machine.
         """
         from ..strategies.checkpoint.urls import local_path
-        from ..strategies.checkpoint.weights import SINGLE, save_weights, untied
+        from ..strategies.checkpoint.weights import parse_size, save_weights
 
-        folder = local_path(save_directory, "save_model")
-        tensors = self.get_state_dict(model)
-        files = [folder / SINGLE]
-        if self.world.is_main:
-            kept, tied = untied(tensors)
-            sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in kept.items()}
-            files = save_weights(
-                folder, sizes, lambda names: {n: kept[n] for n in names}, max_shard_size=max_shard_size, metadata=tied
-            )
-        return folder / str(self.world.broadcast_json(files[0].name))
+        folder, limit = local_path(save_directory, "save_model"), parse_size(max_shard_size)
+        module: nn.Module = self.unwrap_model(model)  # pyright: ignore[reportAttributeAccessIssue]
+        whole = self._strategy_of(module).whole_tensors(module)
+
+        def write(read: Any) -> str:
+            return save_weights(folder, whole.sizes, read, max_shard_size=limit, metadata=whole.tied)[0].name
+
+        return folder / whole.on_main("Writing the weights", folder, write)
 
     def load_model(self, model: nn.Module, directory: str | Path, *, strict: bool = True) -> list[str]:
         """Load what `save_model` (or transformers' `save_pretrained`) wrote into a prepared model; return what was skipped.

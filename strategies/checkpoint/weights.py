@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from .writer import TensorFile, make_folder, sync_folder, write_json
+from .writer import Deferred, TensorFile, make_folder, sync_folder, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -70,7 +70,7 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 def save_weights(
     folder: Path,
     sizes: Mapping[str, int],
-    read: Callable[[Sequence[str]], Mapping[str, Tensor]],
+    read: Callable[[Sequence[str]], Mapping[str, Tensor | Deferred]],
     *,
     max_shard_size: int | str = "5GB",
     metadata: Mapping[str, str] | None = None,
@@ -79,7 +79,7 @@ def save_weights(
 
     Args:
         sizes: name -> bytes, in the order in which they are to be written.
-        read: returns the tensors of some names: those of one file at a time.
+        read: returns the tensors of some names: those of one file at a time. A `Deferred` is read when its bytes are written.
         metadata: for the header of each file; {"format": "pt"} stands there anyway.
     """
     make_folder(folder)

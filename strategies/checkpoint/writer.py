@@ -17,7 +17,8 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -206,14 +207,24 @@ def write_json(path: Path, value: Any) -> dict[str, Any]:
     return write_bytes(path, [memoryview(json.dumps(value, allow_nan=False, separators=(",", ":")).encode())])
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """What stands for a tensor that is not there yet: `read` returns it when its bytes are due, and it is dropped behind them."""
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
 class TensorFile:
     """A safetensors file that is to be written: its header, and the tensors whose bytes follow.
 
     Attributes:
-        head: length and header, as they stand in the file;  tensors: in the order of their bytes;  size: of the whole, in bytes.
+        head: length and header, as they stand in the file;  tensors, or `Deferred` ones: in the order of their bytes;
+        size: of the whole, in bytes.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor | Deferred], metadata: Mapping[str, str] | None = None) -> None:
         # Widest elements first, as the reference implementation does: everything is aligned for readers that map the file.
         order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
         header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -227,14 +238,14 @@ class TensorFile:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self.head = memoryview(len(text).to_bytes(8, "little") + text)
-        self.tensors = [tensor for _, tensor in order]
+        self.tensors: list[Any] = [tensor for _, tensor in order]
         self.size = len(self.head) + start
 
     def parts(self) -> Iterator[memoryview]:
         """Yield the bytes of the whole file. What is not in order in the CPU's memory is copied, a few MiB at a time."""
         yield self.head
         for tensor in self.tensors:
-            for piece in pieces(tensor):
+            for piece in pieces(tensor.read() if isinstance(tensor, Deferred) else tensor):
                 if piece.device.type == "cpu":
                     yield bytes_of(piece)
                 else:
