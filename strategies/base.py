@@ -166,7 +166,17 @@ class Strategy:
         """
         prepared = {name: self.prepare_model(name, model) for name, model in models.items()}
         built = optimizers() if callable(optimizers) else optimizers
+        for optimizer in built:
+            self._refuse_stand_in(optimizer)
         return prepared, [self.prepare_optimizer(o) for o in built]
+
+    def _refuse_stand_in(self, found: Any) -> None:
+        """Refuse what stands for a part of a configuration that this strategy has not: DummyOptim, DummyScheduler."""
+        if what := getattr(found, "stands_for", None):
+            raise ConfigError(
+                f"{type(found).__name__} stands for {what}, and strategy {self.name!r} has none. Use one of torch, or "
+                "strategy=DeepSpeedStrategy(config=...)."
+            )
 
     def prepare_model(self, name: str, model: nn.Module) -> nn.Module:
         """Convert `model` to the precision and move it to the device, in place."""
@@ -215,10 +225,10 @@ class Strategy:
 
     def take_scheduler(self, scheduler: Any, optimizer: Optimizer) -> None:
         """Take a scheduler over a prepared `optimizer`: one that stands for a configuration's (DeepSpeed's JSON) is made now."""
-        check_stand_in(scheduler, self.name)
+        self._refuse_stand_in(scheduler)
 
     def configured_optimizer(self, model: nn.Module) -> Any:
-        """Return what `configure_optimizers` leaves to the strategy by returning None: {"optimizer": ...}, or None for nothing."""
+        """Return what `configure_optimizers` leaves to the strategy by returning None: {"optimizer": ...}; None is nothing."""
         return None
 
     def unwrap(self, model: nn.Module) -> nn.Module:

@@ -27,8 +27,9 @@ from torch.optim import Optimizer
 
 from . import deepspeed_config, deepspeed_engine, deepspeed_io, deepspeed_native, deepspeed_weights, gradients, materialize
 from .base import make_precision
-from .deepspeed_held import DummyOptim, Held, twin_of
+from .deepspeed_held import Held, twin_of
 from .deepspeed_options import DeepSpeedOptions
+from .deepspeed_schedule import DummyOptim, DummyScheduler, check_fixed, make_scheduler
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from .whole_tensors import WholeTensors
     from .world import World
 
-__all__ = ["DeepSpeedStrategy", "DummyOptim"]
+__all__ = ["DeepSpeedStrategy", "DummyOptim", "DummyScheduler"]
 
 _PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
 
@@ -210,24 +211,25 @@ class DeepSpeedStrategy(DeepSpeedOptions):
     def _build(self, held: Held, front: Optimizer | None) -> None:
         """Attach an engine to a model: its twin of the user's optimizer, the configuration, the pieces."""
         model = held.model
-        dummy = isinstance(front, DummyOptim)
+        dummy = front if isinstance(front, DummyOptim) else None
+        section = self.config.get("optimizer") if dummy is not None else None
         found = deepspeed_config.contradictions(
             self.config,
             self.run | {"precision": self.precision.name if self.precision else None},
             self.world.size,
-            has_optimizer=front is not None and not dummy,
+            has_optimizer=front is not None and dummy is None,
         )
+        found += check_fixed(dummy, section) if dummy is not None and section else []
         if found:
             raise ConfigError(
                 f"The DeepSpeed JSON contradicts the run: {'; '.join(found)}. Write 'auto' there, or say the same in both places."
             )
         sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters()]
         options: dict[str, Any] = {}
-        config = self._filled(sum(sizes), max(sizes, default=1), front, model)
-        if front is None or not dummy:
-            config.pop("optimizer", None)
-        if dummy:
-            if "optimizer" not in self.config:
+        config = self._filled(sum(sizes), max(sizes, default=1), model)
+        config.pop("optimizer", None)
+        if dummy is not None:
+            if not section:
                 raise ConfigError(
                     "DummyOptim stands for the optimizer of the DeepSpeed JSON, which has no section 'optimizer'. Give it "
                     "one, or "
@@ -239,12 +241,54 @@ class DeepSpeedStrategy(DeepSpeedOptions):
                     "Prepare an optimizer of torch, or take stage 1, 2 or 3."
                 )
             deepspeed_engine.check_locks()
-            options["model_parameters"] = [{k: v for k, v in g.items() if k != "lr" or v is not None} for g in front.param_groups]
+            config["optimizer"] = dummy.fill(section)
+            options["model_parameters"] = dummy.asked()
         elif front is not None:
             options["optimizer"] = twin_of(
                 front, allowed=self.config.get("zero_allow_untested_optimizer") is True, stage=self.stage
             )
         held.attach(deepspeed_engine.build(self.world, model, config, **options), front)
+        if dummy is not None and section and held.parts is not None:
+            dummy.take(held.parts.inner, section)
+        if front is not None and (waiting := self.config.get("scheduler")):
+            held.awaits = str(waiting.get("type"))
+
+    def _refuse_stand_in(self, found: Any) -> None:
+        """Stand-ins are for this strategy."""
+
+    def take_scheduler(self, scheduler: Any, optimizer: Optimizer) -> None:
+        """Fill a DummyScheduler from the JSON's section "scheduler", or by its callable; others are the run's own.
+
+        Raises:
+            ConfigError: a scheduler of the run's own beside that of the JSON, or a DummyScheduler that stands for none.
+        """
+        held, section = self._of(optimizer), self.config.get("scheduler")
+        dummy = scheduler if isinstance(scheduler, DummyScheduler) else None
+        if section and (dummy is None or dummy.lr_scheduler_callable is not None):
+            raise ConfigError(
+                f"The DeepSpeed JSON has a scheduler ({section.get('type')}), and the run brings its own. Prepare "
+                "DummyScheduler(optimizer) for that of the JSON, or take the section out."
+            )
+        if dummy is None or held is None:
+            return
+        if dummy.lr_scheduler_callable is not None:
+            dummy.made = dummy.lr_scheduler_callable(optimizer)
+        elif section:
+            dummy.made = make_scheduler(section, dummy, self.run.get("total_num_steps"))
+        else:
+            raise ConfigError(
+                "DummyScheduler stands for the scheduler of the DeepSpeed JSON, which has no section 'scheduler'. Give it "
+                "one, or say lr_scheduler_callable=, or prepare a scheduler of torch."
+            )
+        held.awaits = ""
+        held.engine.lr_scheduler = dummy.made  # for DeepSpeed's native checkpoints, which hold its state
+
+    def configured_optimizer(self, model: nn.Module) -> Any:
+        """Return stand-ins for the optimizer and the scheduler that the JSON has; None where it has no optimizer."""
+        if "optimizer" not in self.config or self.inference:
+            return None
+        optimizer = DummyOptim(model.parameters())
+        return {"optimizer": optimizer} | ({"lr_scheduler": DummyScheduler(optimizer)} if self.config.get("scheduler") else {})
 
     def bind(self, model: nn.Module, method: str) -> Callable[..., Any]:
         """Return `model.<method>`; under stage 3 it runs as the model's forward, with its own parameters gathered."""
@@ -358,6 +402,11 @@ class DeepSpeedStrategy(DeepSpeedOptions):
         return self._step(held)
 
     def _step(self, held: Held) -> bool:
+        if held.awaits:
+            raise ConfigError(
+                f"The DeepSpeed JSON has a scheduler ({held.awaits}), and none was prepared, so that the learning rate would "
+                "stay. Prepare DummyScheduler(optimizer), return it from configure_optimizers, or take the section out."
+            )
         held.settle()
         with deepspeed_engine.explained("The optimizer's step"):
             return held.step()

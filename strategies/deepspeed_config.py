@@ -59,7 +59,6 @@ _ELSEWHERE = {
 }
 # Sections that would do what the run does already, or that stand on another engine.
 _REFUSED = {
-    "scheduler": "Return the scheduler from configure_optimizers (or prepare it); it steps with its optimizer.",
     "torch_autocast": "Say precision='bf16-mixed' and DeepSpeedStrategy(weights_in_16_bits=False): fp32 weights under autocast.",
     "amp": "Say precision='fp16-mixed' instead.",
     "pipeline": "Pipelines have a strategy of their own.",
@@ -186,7 +185,6 @@ def fill(
     weights_in: str | None,
     numel: int,
     largest: int,
-    optimizer: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the whole configuration for `deepspeed.initialize`.
 
@@ -194,9 +192,9 @@ def fill(
         zero: keys of zero_optimization that were given as arguments; they win over the JSON's, which cannot differ by then.
         weights_in: "bf16", "fp16", or None for fp32.
         numel, largest: elements of the model, and of its largest parameter, from which buffer sizes follow.
-        optimizer: the client's defaults, for an `auto` in the optimizer section; None without such a section.
     """
-    made = {k: v for k, v in config.items() if k not in ("train_batch_size", *_REFUSED)}
+    # The scheduler is made over the user's optimizer, beside the engine (deepspeed_schedule.py).
+    made = {k: v for k, v in config.items() if k not in ("train_batch_size", "scheduler", *_REFUSED)}
     made["train_micro_batch_size_per_gpu"] = 1
     made["gradient_accumulation_steps"] = 1
     # Gradients are put together when the optimizer asks for them: a window may have any number of backward passes.
@@ -221,16 +219,6 @@ def fill(
         made["data_types"] = {"grad_accum_dtype": "fp32"} | dict(config.get("data_types", {}))
     if weights_in == "fp16":
         made["fp16"] |= {"loss_scale": 1.0}  # the precision scales the loss
-    if "optimizer" in config:
-        parameters = dict(config["optimizer"].get("params", {}))
-        own = optimizer or {}
-        for key, value in list(parameters.items()):
-            if value == AUTO:
-                if key in own:
-                    parameters[key] = own[key]
-                else:
-                    del parameters[key]  # the optimizer's own default
-        made["optimizer"] = {**config["optimizer"], "params": parameters}
     return _without_auto(made)
 
 

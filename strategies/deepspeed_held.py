@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,20 +23,10 @@ from . import deepspeed_engine, gradients
 from .deepspeed_state import Partitions
 from .errors import ConfigError
 
-__all__ = ["DummyOptim", "Held", "trained", "twin_of"]
+__all__ = ["Held", "trained", "twin_of"]
 
 # Optimizers that treat each element by itself, so that a flat piece is stepped as the whole would be.
 _ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "RMSprop", "Rprop", "Adadelta", "ASGD")
-
-
-class DummyOptim(Optimizer):
-    """Stands for the optimizer of the DeepSpeed JSON, as in Accelerate; `auto` values there are filled from its arguments."""
-
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **kwargs})
-
-    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        raise ConfigError("DummyOptim stands for an optimizer of DeepSpeed's JSON, which steps once it is prepared. Prepare it.")
 
 
 def twin_of(front: Optimizer, *, allowed: bool, stage: int) -> Optimizer:
@@ -91,6 +81,7 @@ class Held:
         self.front: Optimizer | None = None
         self.parts: Partitions | None = None
         self.pending = self.settled = False
+        self.awaits = ""  # the type of a scheduler in the JSON that was not prepared yet
         self.running = False  # whether a bound step is under way
         self.reads_native = False  # whether DeepSpeed loads its own checkpoint just now
         self.handles: list[Any] = []  # of the hooks that go when this does
@@ -116,9 +107,6 @@ class Held:
             self.parts = Partitions(self.zero, self.stage)
             self._by_hooks = not hasattr(self.zero, "bf16_groups")
             self.zero.set_gradient_accumulation_boundary(False)
-            if isinstance(front, DummyOptim):
-                for mine, inner in zip(front.param_groups, self.parts.inner.param_groups, strict=False):
-                    mine.update({k: v for k, v in inner.items() if k != "params" and k not in mine})
             self.handles.append(front.register_load_state_dict_pre_hook(self._refuse_state))
             self.handles.append(front.register_state_dict_pre_hook(self._refuse_state))
         # The loop clears gradients through the user's optimizer, and ZeRO's lie elsewhere.

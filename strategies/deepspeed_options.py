@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from . import deepspeed_config, deepspeed_engine
 from .base import Strategy
@@ -180,7 +179,7 @@ class DeepSpeedOptions(Strategy):
     def _weights_in(self, model: nn.Module | None = None) -> str | None:
         return self._choose_weights(model)[0]
 
-    def _filled(self, numel: int, largest: int, front: Optimizer | None = None, model: nn.Module | None = None) -> dict[str, Any]:
+    def _filled(self, numel: int, largest: int, model: nn.Module | None = None) -> dict[str, Any]:
         zero = dict(self.zero)
         for key in ("offload_optimizer", "offload_param"):
             if section := self._section(key):
@@ -195,7 +194,6 @@ class DeepSpeedOptions(Strategy):
             weights_in=self._weights_in(model),
             numel=numel,
             largest=largest,
-            optimizer=front.defaults if front is not None else None,
         )
 
 

@@ -27,6 +27,7 @@ PUBLIC = [
     "DeepSpeedStrategy",
     "DistributedDataParallelKwargs",
     "DummyOptim",
+    "DummyScheduler",
     "EarlyStopping",
     "ExpertParallel",
     "Experts",

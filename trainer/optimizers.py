@@ -236,10 +236,11 @@ def _scheduler(entry: Any, *, monitor: str | None = None) -> SchedulerConfig:
             raise ConfigError(f"A scheduler configuration needs the key 'scheduler', got {sorted(entry)}.")
         options: dict[str, Any] = dict(entry)
         options.setdefault("monitor", monitor)
+        options.setdefault("interval", getattr(entry["scheduler"], "interval", "epoch"))
         return SchedulerConfig(**options)
     if not isinstance(entry, LRScheduler | ReduceLROnPlateau) and not hasattr(entry, "step"):
         raise ConfigError(f"A scheduler was expected, got {type(entry).__name__}. Return a torch.optim.lr_scheduler object.")
-    return SchedulerConfig(entry, monitor=monitor)
+    return SchedulerConfig(entry, monitor=monitor, interval=getattr(entry, "interval", "epoch"))
 
 
 def _unusable(module: str, found: Any) -> ConfigError:

@@ -85,7 +85,7 @@ class Preparing:
         for o in objects:
             if id(o) in done:
                 results.append(done[id(o)])
-            elif isinstance(o, LRScheduler | ReduceLROnPlateau):
+            elif isinstance(o, LRScheduler | ReduceLROnPlateau) or (hasattr(o, "step") and hasattr(o, "get_last_lr")):
                 results.append(self.prepare_scheduler(o))
             elif hasattr(o, "__iter__") and not isinstance(o, str | bytes | Tensor):
                 results.append(self.prepare_data_loader(o))
@@ -162,6 +162,8 @@ class Preparing:
                 f"{type(scheduler).__name__} schedules an optimizer that was not prepared, so nobody could say when it stepped. "
                 "Prepare the optimizer before it, or in the same call."
             )
+        if owner is not None:
+            owner.strategy.take_scheduler(scheduler, owner.optimizer)
         prepared = PreparedScheduler(scheduler, owner if self.step_scheduler_with_optimizer else None)
         self.schedulers.append(prepared)
         return prepared

@@ -7,7 +7,7 @@ things happen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from ..strategies.environment import read_job
 from ..strategies.errors import CheckpointError, ConfigError
 from . import defaults, run_data
 from . import state as run_state
-from .config import tell_batch_size
+from .config import tell, tell_batch_size
 from .hparams import exact, plain
 from .loops.evaluate import evaluate, predict
 from .loops.train import TrainLoop
@@ -34,6 +34,8 @@ from .seed import vary_by_rank
 from .tracking import Tracking
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .trainer import Trainer
 
 __all__ = ["Session"]
@@ -143,6 +145,7 @@ class Session:
             trainer.store.claim()
         self._attach(trainer.callbacks)
         tell_batch_size(trainer.accelerator, train)
+        tell(trainer.accelerator, total_num_steps=lambda: trainer.estimated_stepping_batches)
         with trainer.strategy.init_context():
             module.configure_model()
         trainer._find_data = partial(self._prepare_data, train, val)
@@ -205,7 +208,10 @@ class Session:
         trainer, module, accelerator = self.trainer, self.trainer.module, self.trainer.accelerator
 
         def build() -> dict[str, Any]:
-            optimizers, configs = read_optimizers(module.configure_optimizers(), type(module).__name__)
+            returned = module.configure_optimizers()
+            if returned is None:
+                returned = _configured(trainer, module.models())
+            optimizers, configs = read_optimizers(returned, type(module).__name__)
             trainer.scheduler_configs = configs
             return optimizers
 
@@ -385,6 +391,14 @@ def _checked_module(module: Any, stage: str) -> TrainingModule:
         f"A TrainingModule was expected, got {type(module).__name__}. Subclass drivetrain.TrainingModule and give it "
         "training_step and configure_optimizers; a plain nn.Module trains with the Accelerator."
     )
+
+
+def _configured(trainer: Trainer, models: Mapping[str, nn.Module]) -> Any:
+    """Return the optimizers that the strategies' own configurations have (DeepSpeed's JSON); None where there are none."""
+    strategies, default = trainer.accelerator.strategies, trainer.strategy
+    found = {name: strategies.get(name, default).configured_optimizer(model) for name, model in models.items()}
+    found = {name: entry for name, entry in found.items() if entry is not None}
+    return next(iter(found.values())) if len(found) == 1 else found or None
 
 
 def _split_schedulers(trainer: Trainer, configs: Sequence[SchedulerConfig]) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from drivetrain.strategies.compile import Compile
     from drivetrain.strategies.context_parallel import ContextParallel
     from drivetrain.strategies.ddp import DDPStrategy
-    from drivetrain.strategies.deepspeed import DeepSpeedStrategy, DummyOptim
+    from drivetrain.strategies.deepspeed import DeepSpeedStrategy, DummyOptim, DummyScheduler
     from drivetrain.strategies.expert_parallel import ExpertParallel
     from drivetrain.strategies.experts import Experts, MoE, balance_loss
     from drivetrain.strategies.fsdp import FSDPStrategy, HSDPStrategy
@@ -74,6 +74,7 @@ _HOMES = {
     "DeepSpeedStrategy": "drivetrain.strategies.deepspeed",
     "DistributedDataParallelKwargs": "drivetrain.trainer.kwargs_handlers",
     "DummyOptim": "drivetrain.strategies.deepspeed",
+    "DummyScheduler": "drivetrain.strategies.deepspeed",
     "EarlyStopping": "drivetrain.callbacks.early_stopping",
     "ExpertParallel": "drivetrain.strategies.expert_parallel",
     "Experts": "drivetrain.strategies.experts",
@@ -142,6 +143,7 @@ __all__ = [
     "DeepSpeedStrategy",
     "DistributedDataParallelKwargs",
     "DummyOptim",
+    "DummyScheduler",
     "EarlyStopping",
     "ExpertParallel",
     "Experts",
