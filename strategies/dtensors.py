@@ -46,12 +46,14 @@ def norm(
     *,
     group: dist.ProcessGroup | None = None,
     device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the joint norm over all ranks: 0-d, float64 for float64 gradients, else float32; the same on all ranks.
 
     Collective: one all-reduce of a number for each way in which the gradients are cut, and one over `group`.
     Args:
         group: the stages of a pipeline, each with gradients of its own, maybe none; `device` is where they meet.
+        dtype: of the result, where a rank may have no gradients to tell it by.
     """
     by_cut: dict[Any, list[Any]] = {}
     for grad in grads:
@@ -84,7 +86,7 @@ def norm(
         dist.all_reduce(total, dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM, group=group)
     if not math.isinf(norm_type):
         total = total ** (1.0 / norm_type)
-    return total.to(kind)
+    return total.to(kind if dtype is None else dtype)
 
 
 def finite(pieces: list[Tensor], device: torch.device, group: dist.ProcessGroup | None) -> bool:

@@ -33,7 +33,8 @@ from .errors import ConfigError, DataError
 from .pipeline_answers import Answering, owners_of
 from .pipeline_chunks import Chunk, count_samples, cut_batch, each_tensor, first_input, key_of
 from .pipeline_options import SCHEDULES, Pipeline, make_pipeline
-from .pipeline_split import check_ties, cost_of, cut, find_chain, free, split_at
+from .pipeline_split import cost_of, cut, find_chain, free, split_at
+from .pipeline_ties import Ties, find_ties
 
 if TYPE_CHECKING:
     from .mesh import Mesh
@@ -94,7 +95,6 @@ class PipelinedModel:
         named = not isinstance(options.splits, str)
         self.starts = split_at(chain, list(options.splits), self.num_stages) if named else cut(costs, self.num_stages)
         self.reason = "as asked for" if named else "chosen: " + ("by the cost given" if options.cost else "by parameters")
-        check_ties(model, chain, self.starts)
         links = [chain[a:b] for a, b in zip(self.starts, [*self.starts[1:], len(chain)], strict=True)]
         self.names = [list(dict.fromkeys(name for link in some for name in link.names)) for some in links]
         total = sum(costs) or 1.0
@@ -102,7 +102,11 @@ class PipelinedModel:
         self.place = {stage: self._rank_of(stage) for stage in range(self.num_stages)}
         self.last_rank = self.place[self.num_stages - 1]
         mine = [stage for stage, rank in self.place.items() if rank == self.rank]
-        self.replaced = free(model, [n for stage, some in enumerate(self.names) if stage not in mine for n in some])
+        axes = {axis: mesh.size(axis) for axis in ("tp", "ep")}
+        self.ties = Ties(model, find_ties(model, chain, self.starts), self.place, group, self.rank, axes=axes)
+        others = [n for stage, some in enumerate(self.names) if stage not in mine for n in some]
+        keep = [p for stage in mine for n in self.names[stage] for p in model.get_submodule(n).parameters()]
+        self.replaced = free(model, others, keep=keep)
         self.elsewhere = {id(new) for _, new in self.replaced}
         self.modules = [StageModule(model, links[stage], index=stage, is_last=stage == self.num_stages - 1) for stage in mine]
         self.last = next((module for module in self.modules if module.is_last), None)
@@ -177,6 +181,9 @@ class PipelinedModel:
         for module in self.modules:
             materialize.walk(module, fill, lambda name, one: None)
             module.to(device)
+            self.ties.take(module, module.index)
+        if self.ties:
+            self.ties.start_equal(values=True)
         for buffer in [b for key, b in self.model.named_buffers() if self.stage_of(key) is None]:
             buffer.data = buffer.data.to(device)
 
@@ -218,8 +225,11 @@ class PipelinedModel:
             raise DataError("A batch of this pipeline failed before, and its ranks are no longer in step. Start the run again.")
         chunks = self.chunks(batch)
         keys = [key_of(chunk.inputs, backward) for chunk in chunks]
+        sync = all(s.syncing for s in running.sharded)
         for stage in running.stages:
-            stage.begin(keys, backward=backward, sync=all(s.syncing for s in running.sharded))
+            stage.begin(keys, backward=backward, sync=sync)
+        if backward and self.ties:
+            self.ties.set_aside(sync=sync)
         results: list[Any] = []
         try:
             without = _NO_CONTEXT if backward else torch.no_grad()
@@ -237,6 +247,8 @@ class PipelinedModel:
                     )
                 else:
                     self._forward_only(running, chunks, loss_of, results)
+                if backward and self.ties:
+                    self.ties.add_up(sync=sync)
                 if backward and running.after is not None:
                     running.after(running.sharded)
             for stage in running.stages:
@@ -321,7 +333,7 @@ class PipelinedModel:
                     f"rank {self.place[stage]} of pp: {what} ({len(names)} parts, {self.shares[stage]:.0%} of the cost)",
                 )
             )
-        return rows
+        return rows + self.ties.explain()
 
 
 class _Slot:

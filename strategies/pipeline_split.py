@@ -280,36 +280,18 @@ def split_at(chain: Sequence[Link], splits: Sequence[str], stages: int) -> list[
     return starts
 
 
-def check_ties(model: nn.Module, chain: Sequence[Link], starts: Sequence[int]) -> None:
-    """Refuse a parameter that two stages would hold.
-
-    Raises:
-        ConfigError: naming it.
-    """
-    first: dict[int, tuple[int, str]] = {}
-    for i, link in enumerate(chain):
-        stage = sum(start <= i for start in starts) - 1
-        own = [named for part in link.names for named in model.get_submodule(part).named_parameters(part)]
-        for name, parameter in own:
-            held = first.setdefault(id(parameter), (stage, name))
-            if held[0] != stage:
-                raise ConfigError(
-                    f"{name} and {held[1]} are one parameter, and would lie in the stages {stage} and {held[0]} of the pipeline, "
-                    "whose copies nobody would keep equal. Untie them, or choose splits that keep both in one stage."
-                )
-
-
 @torch.no_grad()
-def free(model: nn.Module, names: Iterable[str]) -> list[tuple[nn.Parameter, nn.Parameter]]:
+def free(model: nn.Module, names: Iterable[str], *, keep: Iterable[nn.Parameter] = ()) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """Put placeholders in the place of all parameters and buffers of the modules called `names`; return (old, new) pairs.
 
-    The old parameters lose their memory.
+    The old parameters lose their memory. Those in `keep` stay wherever they are.
     """
+    kept = {id(parameter) for parameter in keep}
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for name in names:
         for module in model.get_submodule(name).modules():
             for key, parameter in list(module._parameters.items()):
-                if parameter is None:
+                if parameter is None or id(parameter) in kept:
                     continue
                 if id(parameter) not in made:
                     shape = torch.empty_like(parameter, device="meta")

@@ -112,14 +112,22 @@ class PipelineStrategy(FSDPStrategy):
         pipe = PipelinedModel(name, model, self.pipeline, self.mesh, self.device)
         self._replaced.update((id(old), (old, new)) for old, new in pipe.replaced)
         units, given = self.units, self.ignored_parameters
-        self.units, self.ignored_parameters = (lambda _, module: id(module) in chosen), ignored
+        self.units = lambda _, module: id(module) in chosen
+        averaged: set[int] = set()
         try:
             for stage in pipe.modules:
+                self.ignored_parameters = [*ignored, *(model.get_parameter(n) for n in pipe.ties.whole)]
                 super().prepare_model(f"{name}, stage {stage.index}", stage)
                 # Autocast is entered by the stage itself, which does not widen what goes to the next one.
                 vars(stage).pop("forward", None)
+                pipe.ties.take(stage, stage.index)
+                sharded = self._sharded[id(stage)]  # what two stages of this rank hold whole, one of them averages
+                sharded.whole = {key: p for key, p in sharded.whole.items() if id(p) not in averaged}
+                averaged.update(map(id, sharded.whole.values()))
         finally:
             self.units, self.ignored_parameters, self._blocks = units, given, {}
+        if pipe.ties and self.world.parameter_device.type != "meta":
+            pipe.ties.start_equal(values=self.sync_module_states)
         for buffer in _own_buffers(model, pipe):
             buffer.data = buffer.data.to(self.device)
         assert self.precision is not None
@@ -220,7 +228,11 @@ class PipelineStrategy(FSDPStrategy):
         group = self.mesh.group("pp")
         if group is None:
             return super().grad_norm(parameters, norm_type)
-        return dtensors.norm(gradients.gradients(parameters), norm_type, group=group, device=self.device)
+        # By the parameters of all stages: a rank whose own are frozen has no gradient to tell it by.
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        for pipe in self._pipelines.values():
+            parameters = pipe.ties.counted(parameters) if pipe.ties else parameters
+        return dtensors.norm(gradients.gradients(parameters), norm_type, group=group, device=self.device, dtype=dtype)
 
     # -- state --------------------------------------------------------------------------------------------------------
     def sync_buffers(self, models: Iterable[nn.Module]) -> None:

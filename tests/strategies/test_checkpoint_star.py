@@ -119,8 +119,11 @@ CASES_OF_STAR: list[Any] = [
     *((words, 4, {}, "llama") for words in ("fsdp:2+tp:2", "fsdp:2+pp:2", "fsdp:2+cp:2", "tp:2+pp:2", "cp:2+tp:2")),
     *((words, n, {}, "moe") for words, n in (("ep:2", 2), ("ep:4", 4), ("ep:2", 4), ("fsdp", 2), ("fsdp", 1), ("ddp", 2))),
     *((words, n, {}, "tied") for words, n in (("ddp", 2), ("fsdp", 2), ("fsdp", 4), ("tp", 2), ("fsdp:2+tp:2", 4))),
+    *(("pp", n, {}, "tied") for n in (2, 4)),
+    ("pp", 2, {"pipeline": "dualpipev"}, "tied"),
+    *((words, 4, {}, "tied") for words in ("fsdp:2+pp:2", "tp:2+pp:2")),
 ]
-FAST = [("fsdp", 2, {}, "llama"), ("fsdp:2+tp:2", 4, {}, "tied"), ("pp", 2, {}, "llama")]
+FAST = [("fsdp", 2, {}, "llama"), ("fsdp:2+tp:2", 4, {}, "tied"), ("pp", 2, {}, "tied")]
 
 
 def _name(way: Any) -> str:

@@ -11,7 +11,7 @@ from drivetrain import TrainingModule
 from drivetrain.strategies.contract_models import GPT, ConvNet, Llama
 from drivetrain.strategies.errors import ConfigError
 from drivetrain.strategies.pipeline_options import SCHEDULES, Pipeline, make_pipeline
-from drivetrain.strategies.pipeline_split import check_ties, cost_of, cut, find_chain, free, split_at
+from drivetrain.strategies.pipeline_split import cost_of, cut, find_chain, free, split_at
 from torch import Tensor, nn
 
 
@@ -185,14 +185,6 @@ def test_fewer_parts_than_stages_and_wrong_splits_are_refused() -> None:
         split_at(chain, ["norm", "blocks.1"], 3)
     with pytest.raises(ConfigError, match="makes 2 stages, and there are to be 4"):
         split_at(chain, ["norm"], 4)
-
-
-def test_a_tied_weight_must_lie_in_one_stage() -> None:
-    model = GPT(tied=True)
-    chain = find_chain(model)
-    check_ties(model, chain, [0])
-    with pytest.raises(ConfigError, match=r"lm_head\.weight and wte\.weight are one parameter"):
-        check_ties(model, chain, [0, 2])
 
 
 def test_what_is_freed_keeps_names_shapes_and_ties_and_no_memory() -> None:
