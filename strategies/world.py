@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
 import socket
 import stat
@@ -256,6 +257,17 @@ def _stop_all() -> None:
         world.stop()
     if running:
         time.sleep(0.01)  # releases the GIL, for groups that somebody else (DDP) still holds
+
+
+def _leave_groups_to_the_parent() -> None:
+    """In a fork: never destroy a group. Its threads stayed in the parent, and who waits for them here hangs, or crashes."""
+    _running.clear()
+    for group in dist.distributed_c10d._world.pg_map:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # the interpreter's end would destroy it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_groups_to_the_parent)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,25 @@ def start_without_rank_one() -> str:
     except DistributedError as error:
         return str(error)
     return "nothing was raised"
+
+
+FORKS = """
+import os, sys, torch
+from drivetrain.strategies.world import World
+torch.set_num_threads(1)
+world = World.start("cpu", need_group=True)
+child = os.fork()
+if child == 0:
+    sys.exit(3)  # not os._exit: the interpreter's end, with all that it runs and destroys
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), world.all_reduce(torch.ones(2)).tolist())
+"""
+
+
+@pytest.mark.slow
+def test_a_fork_ends_with_its_own_code_and_leaves_the_groups_to_its_parent() -> None:
+    """Their threads stayed there; destroying a group in the fork crashed it, and the interpreter's end would hang."""
+    ended = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "3 [1.0, 1.0]\n", "")
 
 
 def test_a_rank_that_never_comes_is_named(ranks: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import json
 import os
 import re
@@ -124,7 +125,9 @@ def report(error: BaseException) -> int:
         return code
     elastic = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if elastic and "TORCHELASTIC_RUN_ID" in os.environ:
-        message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+        # Its summary calls the earliest the root cause, in whole seconds and the lowest rank first where they are equal.
+        timestamp = int(time.time()) + is_consequence(error)
+        message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(timestamp)}}
         with contextlib.suppress(OSError):
             Path(elastic).write_text(json.dumps({"message": message}))
     if prefix and is_consequence(error):
@@ -194,10 +197,27 @@ def read_report(path: Path) -> ErrorReport | None:
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        # Some library's thread that only wants the error to be seen (multiprocessing's resource_sharer does so); nothing has
+        # come to its end here. In a loader's worker whose trainer was killed it is about that, and there is nothing to say.
+        if not _is_orphan():
+            sys.__excepthook__(kind, error, trace)
+        return
+    if isinstance(sys.stderr, io.StringIO):
+        # init_process_group puts a hook around this one, which collects what is written here and prints it afterwards. There is
+        # no afterwards: this process ends.
+        sys.stderr = sys.__stderr__
     launched = bool(_who()[0])
     if launched or isinstance(error, DrivetrainError):
         report_and_exit(error.with_traceback(trace))
     sys.__excepthook__(kind, error, trace)
+
+
+def _is_orphan() -> bool:
+    """Is this a process of `multiprocessing` whose parent has gone?"""
+    process = sys.modules.get("multiprocessing.process")
+    parent = process.parent_process() if process is not None else None
+    return parent is not None and not parent.is_alive()
 
 
 def _who() -> tuple[str, int, int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from drivetrain.strategies.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from drivetrain.trainer.launch.report import ErrorReport, describe, exit_code, is_consequence, read_report, write_report
+from drivetrain.trainer.launch.report import ErrorReport, describe, exit_code, is_consequence, read_report, report, write_report
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,13 @@ raise {}("Met this.")
 
 def script(folder: Path, error: str) -> subprocess.CompletedProcess[str]:
     (folder / "train.py").write_text(SCRIPT.format(error))
-    return subprocess.run([sys.executable, str(folder / "train.py")], capture_output=True, text=True, timeout=60)
+    return run_script(folder / "train.py")
+
+
+def run_script(path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, env={**os.environ, **variables}, timeout=120
+    )
 
 
 def test_in_a_plain_script_wrong_use_is_one_paragraph_and_exit_code_2(tmp_path: Path) -> None:
@@ -124,11 +131,93 @@ def test_torchrun_is_told_the_cause_in_its_own_format(tmp_path: Path) -> None:
         "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
         "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_ERROR_FILE": str(file),
     }  # fmt: skip
-    import os
-
-    ended = subprocess.run(
-        [sys.executable, str(tmp_path / "train.py")], capture_output=True, text=True, env={**os.environ, **variables}, timeout=60
-    )
+    ended = run_script(tmp_path / "train.py", **variables)
     assert ended.returncode == 1
     assert ended.stderr.endswith("[rank 1/2] ValueError: Met this.\n")
     assert json.loads(file.read_text())["message"]["message"].endswith("[rank 1/2] ValueError: Met this.")
+
+
+def test_for_torchrun_the_root_cause_is_the_rank_that_failed_and_not_one_that_lost_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its summary takes the earliest, in whole seconds, and the lowest rank of those that are equal."""
+    told = {}
+    monkeypatch.setattr("time.time", lambda: 1000.5)
+    for rank, text in enumerate(["Connection closed by peer [127.0.0.1]:42", "boom"]):
+        file = tmp_path / f"{rank}.json"
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        report(RuntimeError(text))
+        told[rank] = int(json.loads(file.read_text())["message"]["extraInfo"]["timestamp"])
+    assert told[1] < told[0]
+
+
+AS_TORCH_DOES = """
+import os, torch, torch.distributed as dist
+from drivetrain.trainer.launch.report import install_excepthook
+install_excepthook()
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torch puts its own hook around ours
+os.environ.update(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+raise ValueError("Met this.")
+"""
+
+
+def test_an_error_is_still_on_the_screen_when_torch_has_put_its_own_hook_around_ours(tmp_path: Path) -> None:
+    """Under srun and mpirun nobody else says it."""
+    (tmp_path / "train.py").write_text(AS_TORCH_DOES)
+    ended = run_script(tmp_path / "train.py")
+    assert ended.returncode == 1
+    assert ended.stderr.count("[rank 1/2] ValueError: Met this.") == 1
+
+
+A_LIBRARYS_THREAD = """
+import os, sys, threading
+from drivetrain.trainer.launch.report import install_excepthook
+install_excepthook()
+os.environ.update(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+
+def serve():  # as multiprocessing.resource_sharer does in a loader's worker
+    try:
+        raise EOFError("a client has gone")
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+
+thread = threading.Thread(target=serve)
+thread.start()
+thread.join()
+print("goes on")
+"""
+
+
+def test_an_error_that_a_librarys_thread_shows_ends_nothing(tmp_path: Path) -> None:
+    """It once ended the process from that thread: in a loader's worker, which then destroyed its trainer's groups and crashed."""
+    (tmp_path / "train.py").write_text(A_LIBRARYS_THREAD)
+    ended = run_script(tmp_path / "train.py")
+    assert (ended.returncode, ended.stdout) == (0, "goes on\n")
+    assert ended.stderr.endswith("EOFError: a client has gone\n")
+
+
+A_WORKER_IS_LEFT = """
+import multiprocessing, os, signal, sys, threading
+from drivetrain.trainer.launch.report import install_excepthook
+install_excepthook()
+
+def shows():
+    sys.excepthook(ConnectionResetError, ConnectionResetError("by the trainer"), None)
+    print("the worker is there", flush=True)
+
+def work():
+    multiprocessing.parent_process().join()
+    thread = threading.Thread(target=shows)
+    thread.start()
+    thread.join()
+
+multiprocessing.get_context("fork").Process(target=work).start()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_whose_trainer_was_killed_has_nothing_to_say(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(A_WORKER_IS_LEFT)
+    ended = run_script(tmp_path / "train.py")
+    assert (ended.stdout, ended.stderr) == ("the worker is there\n", "")
