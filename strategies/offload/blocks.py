@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..units import Units, choose_units
+from .composite import Composite, is_composite, parts_of
 from .stream import Slot, Stream
 
 __all__ = ["Binding", "StreamedModule", "choose_blocks", "map_tensors"]
@@ -32,10 +34,16 @@ _CONTAINERS = (nn.MultiheadAttention, nn.RNNBase)
 class Binding:
     """One parameter of a block: where it stands in the module, and the stand-in that is there while it is away."""
 
-    __slots__ = ("key", "module", "name", "stand_in")
+    __slots__ = ("composite", "key", "module", "name", "stand_in")
 
-    def __init__(self, module: nn.Module, key: str, name: str, stand_in: nn.Parameter) -> None:
-        self.module, self.key, self.name, self.stand_in = module, key, name, stand_in
+    def __init__(
+        self, module: nn.Module, key: str, name: str, stand_in: nn.Parameter, composite: Composite | None = None
+    ) -> None:
+        self.module, self.key, self.name, self.stand_in, self.composite = module, key, name, stand_in, composite
+
+    def values(self, get: Callable[[str], Tensor]) -> Tensor:
+        """Return the parameter's values, from the tensors that `get` has by their stored names."""
+        return get(self.name) if self.composite is None else self.composite.build(get)
 
     def put(self, parameter: nn.Parameter) -> None:
         if isinstance(self.module, nn.RNNBase):
@@ -90,6 +98,26 @@ class _Kept:
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _KeptComposite:
+    """The same of a weight that is made of several tensors."""
+
+    composite: Composite
+    parts: Mapping[str, Any]
+    """name -> what was kept of it"""
+
+
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+
+
+def _lies_in(tensor: Tensor, memory: int) -> bool:
+    """Whether a tensor, or a part of it, lies in the storage that begins at `memory`."""
+    if is_composite(tensor):
+        return any(_lies_in(part, memory) for part in parts_of("", tensor).values())
+    return _plain(tensor) and tensor.untyped_storage().data_ptr() == memory
 
 
 class StreamedModule:
@@ -151,7 +179,8 @@ class StreamedModule:
         with torch.inference_mode(False), torch.no_grad():
             for binding in self.bindings:
                 if binding.name not in made:
-                    made[binding.name] = nn.Parameter(layout.view(slot.device, binding.name), requires_grad=False)
+                    values = binding.values(partial(layout.view, slot.device))
+                    made[binding.name] = nn.Parameter(values, requires_grad=False)
         return [made[b.name] for b in self.bindings]
 
     def _saving(self, slot: Slot) -> Any:
@@ -160,10 +189,11 @@ class StreamedModule:
         memory = slot.device.untyped_storage().data_ptr()
 
         def pack(tensor: Tensor) -> Any:
-            if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+            if not _lies_in(tensor, memory):
                 return tensor
-            if tensor.untyped_storage().data_ptr() != memory:
-                return tensor
+            if is_composite(tensor):
+                parts = {name: pack(part) for name, part in parts_of("", tensor).items()}
+                return _KeptComposite(Composite.of("", tensor), parts)
             if tensor.is_conj() or tensor.is_neg():
                 return tensor.clone()
             return _Kept(self, tensor.dtype, int(tensor.storage_offset()), tuple(tensor.size()), tensor.stride())
@@ -175,8 +205,7 @@ class StreamedModule:
 
         def own(tensor: Tensor) -> Tensor:
             # What is a view of the weights, such as a table of positions, would change with the next block.
-            strided = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-            return tensor.clone() if strided and tensor.untyped_storage().data_ptr() == memory else tensor
+            return tensor.clone() if _lies_in(tensor, memory) else tensor
 
         output = map_tensors(output, own)
         self._restore(slot)
@@ -209,6 +238,9 @@ class StreamedModule:
 
 
 def _unpack(kept: Any) -> Tensor:
+    if isinstance(kept, _KeptComposite):
+        with torch.no_grad():
+            return kept.composite.build(lambda name: _unpack(kept.parts[name]))
     if not isinstance(kept, _Kept):
         return kept
     streamed = kept.streamed

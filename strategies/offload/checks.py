@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..placement import main_place, place_of
 from .away import is_away
+from .composite import parts_of
 
 __all__ = ["check_buffers", "check_plain"]
 
@@ -32,16 +33,22 @@ def check_buffers(model: nn.Module, places: Mapping[str, Any]) -> None:
 
 
 def check_plain(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are more than their values, such as quantised ones with their scales.
+    """Refuse weights that are neither plain tensors nor made of plain tensors.
 
     Raises:
         ConfigError: with the name and the type.
     """
     for name, tensor in tensors.items():
-        if not (type(tensor) in (Tensor, nn.Parameter, nn.Buffer) or is_away(tensor)):
-            kind = type(tensor.data).__name__ if type(tensor) is nn.Parameter else type(tensor).__name__
+        if is_away(tensor):
+            continue
+        for path, part in parts_of("", tensor).items():
+            if type(part) not in (Tensor, nn.Parameter, nn.Buffer):
+                what = f"is of the type {type(part).__name__}, which cannot be taken apart into plain tensors"
+            elif part is not tensor and not part.is_contiguous():
+                what = f"is of the type {type(tensor).__name__}, whose part {path[1:]} is not contiguous"
+            else:
+                continue
             raise ConfigError(
-                f"{name} is of the type {kind}: a quantised weight, or another with parts of its own. Only plain tensors pass "
-                "through buffers. Keep its module resident (give it a device in device_map), offload the model in bfloat16, or "
-                "keep the small type with attach_layerwise_casting_hooks."
+                f"{name} {what}, and only such pass through buffers. Keep its module resident (give it a device in device_map), "
+                "quantise with torchao's quantize_, whose weights pass, or offload the model in bfloat16."
             )

@@ -26,6 +26,7 @@ from ..placement import main_place, make_device_map, place_of
 from .away import away_like, is_away
 from .blocks import Binding, StreamedModule, choose_blocks, map_tensors
 from .checks import check_buffers, check_plain
+from .composite import Composite, is_composite, num_bytes, parts_of, parts_of_all
 from .handle import Weights, guard, weights_of
 from .sizes import read_dtype, tensors_of
 from .sources import MemorySource, Source, open_source
@@ -60,7 +61,7 @@ def load_checkpoint_and_dispatch(
         checkpoint: a safetensors file, a folder with one or with shards and an index, or a checkpoint folder of ours.
         device_map: "auto", "balanced", "balanced_low_0", "sequential", or module -> accelerator, "cpu" or "disk". None: the CPU.
         max_memory: place -> bytes ("1GB"), for the words. What passes through buffers is within the limit too.
-        dtype: what floating-point weights become.
+        dtype: what floating-point weights become. Quantised ones (of a model that was quantised before) stay what they are.
         skip_keys: keyword arguments that are not moved between devices, such as "past_key_values".
         preload_module_classes: modules of these classes are read as a whole: they, too, are never split.
         strict: refuse names in the file that the model has not. Names that the file has not are always refused.
@@ -119,7 +120,7 @@ def load_checkpoint_in_model(
             target = torch.float32 if keep and tensor.is_floating_point() else _target(tensor, wanted)
             place = tensor.device if places is None else torch.device(_device(place_of(name, places)))
             device = torch.device("cpu") if place.type == "meta" else place
-            _give(model, names, tensor, source, named[name], target, device)
+            _give(model, names, tensor, source, named, target, device)
         _fill_rest(model, set(named))
         have = set(named.values())
         return sorted(n for n in source.names() if n not in have)
@@ -170,7 +171,7 @@ def dispatch_model(
     own: dict[str, Tensor] = {n: t for n, t in tensors_of(model).items() if not t.is_meta}
     if state_dict is not None:
         own |= dict(state_dict)
-    memory = MemorySource(own)
+    memory = MemorySource(parts_of_all(own))
     on_disk = [n for n, p in model.named_parameters(remove_duplicate=False) if place_of(n, places) == "disk"]
     source: Source = memory
     check_plain({n: own[n] for n in on_disk if n in own})
@@ -192,9 +193,9 @@ def write_offload(model: nn.Module, names: Sequence[str], tensors: Mapping[str, 
         tensor = tensors.get(name)
         if tensor is not None:
             groups.setdefault(id(tensor), name)
-    kept = {name: tensors[name] for name in groups.values()}
+    kept = parts_of_all({name: tensors[name] for name in groups.values()})
     if kept:
-        sizes = {name: t.numel() * t.element_size() for name, t in kept.items()}
+        sizes = {name: num_bytes(t) for name, t in kept.items()}
         save_weights(folder, sizes, lambda some: {n: kept[n].detach().cpu().contiguous() for n in some})
     return open_source(folder, io=io)
 
@@ -221,6 +222,9 @@ class _Both(Source):
     def parts(self, layout: Any, buffer: Tensor) -> Any:
         return (self.files if all(n in self._there for n in layout.places) else super()).parts(layout, buffer)
 
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        return self._memory.holds(name, tensor)
+
     def forget(self, keep: Iterable[str]) -> None:
         self._memory.forget(keep)
 
@@ -240,12 +244,15 @@ def _device(place: Any) -> torch.device:
 def _match(model: nn.Module, source: Source, strict: bool) -> dict[str, str]:
     """Return name in the model -> name in the source, tied ones by whichever of their names is there; check shapes.
 
+    Of a weight that is made of others, the names are those of its parts.
     Raises:
         CheckpointError: with what is missing, in excess or of another shape.
     """
     there = set(source.names())
-    tensors = tensors_of(model)
-    persistent = set(model.state_dict(keep_vars=True))
+    wholes = tensors_of(model)
+    tensors = parts_of_all(wholes)
+    saved = set(model.state_dict(keep_vars=True))
+    persistent = {part for name in wholes if name in saved for part in parts_of(name, wholes[name])}
     groups: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         groups.setdefault(id(tensor), []).append(name)
@@ -272,10 +279,10 @@ def _match(model: nn.Module, source: Source, strict: bool) -> dict[str, str]:
 
 
 def _groups(model: nn.Module, named: Mapping[str, str]) -> list[tuple[list[str], Tensor]]:
-    """The model's tensors that `named` knows, each once with all of its names."""
+    """The model's tensors that `named` knows (all parts of them), each once with all of its names."""
     groups: dict[int, tuple[list[str], Tensor]] = {}
     for name, tensor in tensors_of(model).items():
-        if name in named:
+        if all(part in named for part in parts_of(name, tensor)):
             groups.setdefault(id(tensor), ([], tensor))[0].append(name)
     return list(groups.values())
 
@@ -286,15 +293,29 @@ def _target(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _give(
-    model: nn.Module, names: Sequence[str], old: Tensor, source: Source, stored: str, dtype: torch.dtype, device: torch.device
+    model: nn.Module,
+    names: Sequence[str],
+    old: Tensor,
+    source: Source,
+    named: Mapping[str, str],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """Read one tensor to where it lives and set it under all its names. One that has memory of that kind keeps it."""
-    in_place = not old.is_meta and old.device == device and old.dtype == dtype and not is_away(old)
+    parts = parts_of(names[0], old)
+    in_place = not old.is_meta and old.device == device and (old.dtype == dtype or is_composite(old)) and not is_away(old)
     if in_place and not isinstance(source, MemorySource | _Both):
-        source.read_into(stored, old.detach())
+        for name, part in parts.items():
+            source.read_into(named[name], part.detach())
         return
-    values = torch.empty(old.shape, dtype=dtype, device=device)
-    source.read_into(stored, values)
+
+    def read(name: str) -> Tensor:
+        part = parts[name]
+        read = torch.empty(part.shape, dtype=dtype if part is old else part.dtype, device=device)
+        source.read_into(named[name], read)
+        return read
+
+    values = Composite.of(names[0], old).build(read) if is_composite(old) else read(names[0])
     parameter = nn.Parameter(values, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else None
     for name in names:
         owner, _, key = name.rpartition(".")
@@ -338,7 +359,6 @@ def _place(
 ) -> nn.Module:
     """Read what is resident, put stand-ins and buffers for the rest."""
     main = main_device if main_device is not None else _device(main_place(places.values()))
-    from_memory = isinstance(source, MemorySource)
     named = _match(model, source, strict)
     tensors = tensors_of(model)
     blocks = choose_blocks(model, no_split)
@@ -353,11 +373,11 @@ def _place(
             place = place_of(staying[0], places)
             # Beside accelerators a place in host memory is for what passes; what cannot pass lives where it computes.
             device = main if place == "disk" or (place == "cpu" and main.type != "cpu") else _device(place)
-            stored = named[names[0]]
             kind = _target(tensor, dtype)
-            if from_memory and tensor.device == device and tensor.dtype == kind:
+            here = tensor.device == device and (tensor.dtype == kind or is_composite(tensor))
+            if here and all(source.holds(named[part], t) for part, t in parts_of(names[0], tensor).items()):
                 continue  # it is where it belongs
-            _give(model, staying, tensor, source, stored, kind, device)
+            _give(model, staying, tensor, source, named, kind, device)
     _fill_rest(model, set(named))
     for buffer_name, buffer in list(model.named_buffers(remove_duplicate=False)):
         place = place_of(buffer_name, places)
@@ -370,7 +390,10 @@ def _place(
     made: list[Block] = []
     prepared: list[tuple[str, nn.Module, list[Binding]]] = []
     for name, group in passing.items():
-        kinds = {named[n]: _target(tensors[n], dtype) for n in group}
+        kinds: dict[str, torch.dtype] = {}
+        for n in group:
+            for part, t in parts_of(n, tensors[n]).items():
+                kinds[named[part]] = t.dtype if is_composite(tensors[n]) else _target(t, dtype)
         # Only a group whose names are all in files is read from them as a whole.
         layout = source.layout(kinds)
         block = Block(name, layout, source)
@@ -380,11 +403,12 @@ def _place(
         bindings = []
         for n in group:
             owner, _, key = n.rpartition(".")
-            key_of = (id(tensors[n]), kinds[named[n]])
-            if key_of not in stand_ins:
-                stand_ins[key_of] = away_like(n, tensors[n], main, kinds[named[n]])
-            stand_in = stand_ins[key_of]
-            bindings.append(Binding(modules[owner], key, named[n], stand_in))
+            composite = Composite.of(n, tensors[n], named) if is_composite(tensors[n]) else None
+            kind = tensors[n].dtype if composite is not None else kinds[named[n]]
+            if (id(tensors[n]), kind) not in stand_ins:
+                stand_ins[id(tensors[n]), kind] = away_like(n, tensors[n], main, kind)
+            stand_in = stand_ins[id(tensors[n]), kind]
+            bindings.append(Binding(modules[owner], key, n if composite is not None else named[n], stand_in, composite))
         made.append(block)
         prepared.append((name, modules[name], bindings))
     stream = Stream(made, main, num_buffers=num_buffers)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, suggest
 from .away import is_away
-from .blocks import StreamedModule
+from .blocks import Binding, StreamedModule
+from .composite import num_bytes, parts_of
 from .sources import Source
-from .stream import Stream
+from .stream import Block, Stream
 
 __all__ = ["Weights", "guard", "remove_hook_from_submodules", "weights_of"]
 
@@ -67,7 +69,7 @@ class Weights:
     def resident_bytes(self) -> int:
         """Bytes of parameters and buffers that are always in memory."""
         found = {id(t): t for t in (*self.model.parameters(), *self.model.buffers()) if not is_away(t)}
-        return sum(t.numel() * t.element_size() for t in found.values())
+        return sum(num_bytes(t) for t in found.values())
 
     @property
     def held_bytes(self) -> int:
@@ -87,14 +89,27 @@ class Weights:
             return own[name].detach()
         return self._read(name, own[name])
 
+    def shapes(self, name: str) -> dict[str, Tensor]:
+        """Return the plain tensors that the parameter `name`, which is away, is made of, without their values."""
+        binding, block = self._find(name, dict(self.model.named_parameters(remove_duplicate=False))[name])
+
+        def empty(part: str) -> Tensor:
+            return torch.empty(block.layout.places[part].shape, dtype=block.layout.places[part].dtype, device="meta")
+
+        return parts_of(name, binding.values(empty))
+
     def _read(self, name: str, stand_in: Tensor) -> Tensor:
+        binding, block = self._find(name, stand_in)
+        flat, layout = block.flat, block.layout
+        if flat is not None:
+            return binding.values(lambda name: layout.view(flat, name).clone())
+        return binding.values(lambda name: self.source.tensor(name, layout.places[name].dtype))
+
+    def _find(self, name: str, stand_in: Tensor) -> tuple[Binding, Block]:
         for one in self.streamed:
             for binding in one.bindings:
                 if binding.stand_in is stand_in:
-                    block = self.stream.blocks[one.index]
-                    if block.flat is not None:
-                        return block.layout.view(block.flat, binding.name).clone()
-                    return self.source.tensor(binding.name, stand_in.dtype)
+                    return binding, self.stream.blocks[one.index]
         raise ConfigError(f"{name!r} is away, and nobody knows where: its module was replaced after the model was dispatched.")
 
     def explain(self) -> list[tuple[str, str]]:
@@ -138,9 +153,10 @@ class Weights:
         for one in self.streamed:
             one.remove()
             block = self.stream.blocks[one.index]
-            if block.flat is not None:
+            flat, layout = block.flat, block.layout
+            if flat is not None:
                 for binding in one.bindings:
-                    values = block.layout.view(block.flat, binding.name)
+                    values = binding.values(partial(layout.view, flat))
                     binding.put(nn.Parameter(values, requires_grad=binding.stand_in.requires_grad))
         for action in reversed(self.undo):
             action()

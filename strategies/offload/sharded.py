@@ -16,6 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoint.weights import parse_size, plan_shards, save_weights
+from .away import is_away
+from .composite import num_bytes, parts_of, parts_of_all
 from .handle import weights_of
 
 __all__ = ["StateDictSplit", "save_torch_model", "split_torch_state_dict_into_shards"]
@@ -38,7 +40,7 @@ def _once(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
         first.setdefault(id(tensor), name)
-    return {name: tensors[name].numel() * tensors[name].element_size() for name in first.values()}
+    return {name: num_bytes(tensors[name]) for name in first.values()}
 
 
 def split_torch_state_dict_into_shards(
@@ -71,15 +73,25 @@ def save_torch_model(
 ) -> list[Path]:
     """Write the weights of `model` to a folder as Hugging Face has them; return the files. Tied weights once.
 
+    A quantised weight is written as its parts, `<name>.qdata`, `<name>.scale`, ...: for a model that was quantised alike.
     What is offloaded is read for the file that it goes to: never more than one file's tensors are in memory for it.
     """
     offloaded = weights_of(model, None)
-    tensors: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+    wholes: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+    owners = {n: n for n in wholes}
+    tensors = dict(wholes)
+    for name, whole in wholes.items():
+        made_of = offloaded.shapes(name) if offloaded is not None and is_away(whole) else parts_of(name, whole)
+        if list(made_of) != [name]:
+            del tensors[name]
+            tensors |= made_of
+            owners |= dict.fromkeys(made_of, name)
     sizes = _once(tensors)
 
     def read(names: Sequence[str]) -> Mapping[str, Tensor]:
         if offloaded is None:
             return {n: tensors[n].detach().cpu().contiguous() for n in names}
-        return {n: offloaded.tensor(n).cpu().contiguous() for n in names}
+        held = parts_of_all({o: offloaded.tensor(o) for o in dict.fromkeys(owners[n] for n in names)})
+        return {n: held[n].cpu().contiguous() for n in names}
 
     return save_weights(Path(save_directory), sizes, read, max_shard_size=max_shard_size)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .blocks import choose_blocks
+from .composite import is_composite, num_bytes
 
 __all__ = ["compute_module_sizes", "find_tied_parameters", "measure_activations", "read_dtype", "tensor_bytes", "tensors_of"]
 
@@ -22,7 +23,10 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 def tensor_bytes(
     name: str, tensor: Tensor, dtype: torch.dtype | str | None = None, special_dtypes: Mapping[str, torch.dtype] | None = None
 ) -> int:
-    """Return the bytes that a tensor takes once it has the type `dtype`, which only floating-point ones take."""
+    """Return the bytes that a tensor takes once it has the type `dtype`, which only floating-point ones take, and none that is
+    made of others (a quantised one)."""
+    if is_composite(tensor):
+        return num_bytes(tensor)
     chosen = (special_dtypes or {}).get(name) or read_dtype(dtype)
     if chosen is None or not tensor.is_floating_point():
         return tensor.numel() * tensor.element_size()

@@ -117,6 +117,10 @@ class Source:
             for part in self.parts(layout, buffer):
                 part()
 
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Whether `tensor` is itself what `read_into` would copy."""
+        return False
+
     def close(self) -> None:
         """Let go of files."""
 
@@ -159,6 +163,9 @@ class MemorySource(Source):
     def read_into(self, name: str, out: Tensor) -> None:
         with torch.no_grad():
             out.copy_(self._tensors[name].detach())
+
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        return self._tensors.get(name) is tensor
 
     def forget(self, keep: Iterable[str]) -> None:
         """Let go of all tensors but those named."""

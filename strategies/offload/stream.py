@@ -8,12 +8,15 @@ use came that use the last time; before there was a last time, blocks come in th
 of the next. Backward passes are uses of their own, so a training's zigzag is learned as well. A wrong guess costs one read.
 Who has to wait helps: a block is read in parts, and the thread that computes takes parts of the block that it needs.
 So where reading takes longer than computing both cores read, and a reader that is not given a core holds nobody up.
+A fork waits for the parts that are being read, and the child has buffers and a reader of its own. Before a process ends its
+readers do.
 On an accelerator a buffer is a pair: pinned host memory that the file is read into, and device memory that it is copied to on a
 stream of its own; events keep copies and kernels apart.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import mmap
 import os
@@ -87,7 +90,8 @@ def host_buffer(num_bytes: int, *, pinned: bool = False) -> Tensor:
     if pinned:
         memory = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=True)
         return memory[-memory.data_ptr() % PAGE :][:size]
-    pages = mmap.mmap(-1, size)
+    # Private: by default a forked child would read into its parent's buffers.
+    pages = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # only speed: a kernel without huge pages has none to give
             pages.madvise(mmap.MADV_HUGEPAGE)
@@ -130,6 +134,7 @@ class Stream:
         self._jobs: list[Slot] = []
         self._reader: tuple[int, threading.Thread] | None = None
         self._closed = False
+        self._forking = False
         if self._side is not None:
             # Memory that a copy still writes to must not go to somebody else.
             weakref.finalize(self, self._side.synchronize).atexit = False
@@ -271,9 +276,33 @@ class Stream:
     def _start_reader(self) -> None:
         """Start the reader thread, once in each process: a thread does not survive a fork. The lock is held."""
         if self._reader is None or self._reader[0] != os.getpid() or not self._reader[1].is_alive():
+            _watch(self)
             thread = threading.Thread(target=_read_loop, args=(weakref.ref(self),), name="drivetrain-offload", daemon=True)
             self._reader = (os.getpid(), thread)
             thread.start()
+
+    def _before_fork(self) -> None:
+        """Wait until nothing is being read, and keep the lock: in the child nobody would end what another thread began."""
+        self._turn.acquire()
+        self._forking = True
+        while any(s.reading for s in self.slots):
+            self._turn.wait(5)
+
+    def _after_fork(self, *, child: bool) -> None:
+        self._forking = False
+        if child:
+            self._turn = threading.Condition(threading.Lock())  # the old one may have threads waiting that are not here
+        else:
+            self._turn.notify_all()
+            self._turn.release()
+
+    def _end_reader(self) -> None:
+        """End the reader for good; who computes reads what it needs."""
+        with self._turn:
+            self.prefetch = False
+            self._turn.notify_all()
+        if self._reader is not None and self._reader[0] == os.getpid():
+            self._reader[1].join()
 
     def _work(self, slot: Slot) -> None:
         """Read one part of what `slot` is to hold; an error is kept for who acquires it. The lock is let go meanwhile."""
@@ -291,6 +320,8 @@ class Stream:
         finally:
             self._turn.acquire()
         slot.reading -= 1
+        if self._forking:
+            self._turn.notify_all()
         self.stats.read_s += time.perf_counter() - begin
         if error is not None:
             slot.error = slot.error or error
@@ -362,9 +393,7 @@ class Stream:
         with self._turn:
             self._closed = True
             self._jobs.clear()
-            self._turn.notify_all()
-        if self._reader is not None and self._reader[0] == os.getpid():
-            self._reader[1].join()
+        self._end_reader()
         if self._side is not None:
             self._side.synchronize()
         self.slots.clear()
@@ -374,6 +403,37 @@ def _copy(target: Tensor, values: Tensor) -> None:
     target.copy_(values)
 
 
+_watched: weakref.WeakSet[Stream] = weakref.WeakSet()
+_forking: list[Stream] = []
+_hooked: list[bool] = []
+
+
+def _watch(stream: Stream) -> None:
+    """Have `stream`, whose reader starts, stopped for forks and for the end of the process."""
+    if not _hooked:
+        _hooked.append(True)
+        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=lambda: _after_fork(child=True))
+        # A daemon thread that is within torch's C++ when the interpreter ends aborts the whole process.
+        atexit.register(_end_readers)
+    _watched.add(stream)
+
+
+def _before_fork() -> None:
+    _forking.extend(s for s in _watched if not s._closed)
+    for stream in _forking:
+        stream._before_fork()
+
+
+def _after_fork(*, child: bool = False) -> None:
+    while _forking:
+        _forking.pop()._after_fork(child=child)
+
+
+def _end_readers() -> None:
+    for stream in list(_watched):
+        stream._end_reader()
+
+
 def _read_loop(reference: weakref.ref[Stream]) -> None:
     """The reader thread: ends when the stream is closed, or gone."""
     while True:
@@ -381,10 +441,10 @@ def _read_loop(reference: weakref.ref[Stream]) -> None:
         if stream is None:
             return
         with stream._turn:
-            slot = next((s for s in stream._jobs if s.parts), None)
-            if slot is None and not stream._closed:
+            slot = None if stream._forking else next((s for s in stream._jobs if s.parts), None)
+            if slot is None and stream.prefetch:
                 stream._turn.wait(1)
-            if stream._closed:
+            if not stream.prefetch:
                 return
             if slot is not None:
                 stream._work(slot)
