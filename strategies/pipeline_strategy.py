@@ -65,12 +65,6 @@ class PipelineStrategy(FSDPStrategy):
 
         options = self.pipeline = make_pipeline(self.pipeline)
         options.chunks(self.mesh.size("pp"))
-        assert self.precision is not None
-        if self.precision.scales_loss:
-            raise ConfigError(
-                f"precision={self.precision.name!r} scales the loss by what it finds in the gradients, which a pipeline's stages "
-                "have at different times. Use 'bf16-mixed', or leave pp out."
-            )
         if self.mesh.size("cp") > 1:
             raise ConfigError(
                 f"The plan {self.plan} has both pp and cp: the sequence is cut for the whole model's forward, and a pipeline "

@@ -76,6 +76,9 @@ def train_batch(stepping: Stepping, pipe: PipelinedModel, batch: Any) -> Any:
         stepped = any(o.window == window.number for o in stepping.optimizers.values())
         window.alone(loader, fresh=stepped or not window.number)
     divisor = window.divisor_of(pipe.num_samples(batch), stepping.world)
+    # Every rank takes part in the loss scale, also those that never see a loss: their gradients have it.
+    scale = stepping.precision.scale(torch.ones((), device=stepping.world.device)) if stepping._scales_loss else None
+    leaves_out = stepping.nonfinite == "skip" or stepping._scales_loss  # steps whose loss is not finite
     sums = _Sums()
 
     def loss_of(output: Any, chunk: Chunk) -> Tensor:
@@ -86,15 +89,17 @@ def train_batch(stepping: Stepping, pipe: PipelinedModel, batch: Any) -> Any:
         if sums.kind not in (0, kind) or window.kind not in (0, kind):
             raise mixed_window()
         sums.kind = kind
-        if stepping._reads_loss and stepping.nonfinite == "skip" and not math.isfinite(loss.item()):
+        if stepping._reads_loss and leaves_out and not math.isfinite(loss.item()):
             loss = loss * math.nan  # so that every rank sees it in the gradient
         if items is None:
             sums.losses.append(loss.detach() * chunk.share)
-            return loss * (chunk.share * window.scale)
-        counts = 0.0 if empty or not chunk.samples else 1.0
-        sums.losses.append(loss.detach() * (1.0 if chunk.samples else 0.0))
-        sums.items = sums.items + items * counts
-        return loss * (counts / divisor)
+            loss = loss * (chunk.share * window.scale)
+        else:
+            counts = 0.0 if empty or not chunk.samples else 1.0
+            sums.losses.append(loss.detach() * (1.0 if chunk.samples else 0.0))
+            sums.items = sums.items + items * counts
+            loss = loss * (counts / divisor)
+        return loss if scale is None else loss * scale
 
     try:
         pipe.run(batch, loss_of, backward=True)
@@ -152,7 +157,8 @@ def _check(stepping: Stepping, pipe: PipelinedModel, loss: Tensor, items: Tensor
             factor = torch.where(stepping.pipeline_over > 0, math.nan, 1.0)
             stepping.strategy.scale_gradients([p for p in pipe.model.parameters() if p.grad is not None], factor)
             stepping.pipeline_over = None
-    if stepping._reads_loss and stepping.nonfinite == "raise" and not math.isfinite(loss.item()):
+    raises = stepping._reads_loss and stepping.nonfinite == "raise" and not stepping._scales_loss
+    if raises and not math.isfinite(loss.item()):
         raise NonFiniteError(
             f"The loss is {loss.item()} on rank {stepping.world.rank}. The weights are unchanged since the last step. "
             "Look at the batch and the learning rate, or pass nonfinite='skip' to leave such steps out."

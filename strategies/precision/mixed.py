@@ -159,7 +159,11 @@ class FP16Mixed(_Mixed):
             scaler.unscale_(optimizer)
             self._unscaled[id(optimizer)] = optimizer
             if self.agree is not None:
-                for flag in scaler._found_inf_per_device(optimizer).values():  # pyright: ignore[reportPrivateUsage]
+                flags: dict[Any, Tensor] = scaler._found_inf_per_device(optimizer)  # pyright: ignore
+                if not flags:  # this rank has no gradient of it, as in a stage of a pipeline that is frozen
+                    assert scaler._scale is not None  # as `scaler.unscale_` asserts itself
+                    flags[scaler._scale.device] = torch.zeros_like(scaler._scale)
+                for flag in flags.values():
                     self.agree(flag)
 
     def step(self, optimizer: Optimizer) -> bool:

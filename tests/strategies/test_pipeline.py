@@ -433,7 +433,6 @@ def refused(**options: Any) -> str:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"precision": "fp16-mixed"}, "fp16-mixed"),
         ({"offload": "cpu"}, "offload"),
         ({"reshard_after_forward": True}, "reshard_after_forward=True"),
         ({"pipeline": "2f2b"}, "no schedule"),
