@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from . import dtensors, gradients, named_state
@@ -33,6 +32,7 @@ from .held_pieces import HoldsPieces
 from .mesh import Mesh, ParallelPlan, mesh_of
 from .registry import parse_degree
 from .sharded import CUT_UP, Shape, Sharded, check_model, persistent_buffers
+from .sharded_optimizers import check_sharded_optimizer
 from .units import Units, choose_units
 
 if TYPE_CHECKING:
@@ -318,20 +318,10 @@ class FSDPStrategy(HoldsPieces):
         """Take an optimizer of prepared models, built before or after they were cut up.
 
         Raises:
-            ConfigError: fused or foreach, asked for over parameters of which some are held whole.
+            ConfigError: an optimizer that needs whole matrices; fused or foreach where some parameters are held whole.
         """
         self.adopt(optimizer)
-        for group in optimizer.param_groups:
-            kinds = {p.device_mesh if isinstance(p, DTensor) else None for p in group["params"]}
-            asked = [key for key in ("fused", "foreach") if group.get(key)]
-            if len(kinds) > 1 and asked:
-                whole = [n for s in self._sharded.values() for n, p in s.whole.items() if any(p is q for q in group["params"])]
-                met = f"{', '.join(whole[:5])} are held whole while the others are cut up"
-                raise ConfigError(
-                    f"{type(optimizer).__name__}({asked[0]}=True) takes all parameters of a group at once, and "
-                    f"{met if whole else 'some of them are cut over other axes than the others'}. Give them a parameter "
-                    f"group of their own, give 0-d parameters shape (1,), or leave {asked[0]} out."
-                )
+        check_sharded_optimizer(optimizer, [pair for s in self._sharded.values() for pair in s.whole.items()])
         self._optimizers.append(optimizer)
         return super().prepare_optimizer(optimizer)
 
