@@ -9,7 +9,7 @@ from torch import nn
 
 from .errors import ConfigError, unknown_name
 
-__all__ = ["SCHEDULES", "Pipeline", "make_pipeline"]
+__all__ = ["SCHEDULES", "Pipeline", "keeps_statistics", "make_pipeline"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Pipeline:
         stages_per_rank: "auto": 1, or 2 for the schedules that have several.
         cost: (name, module) -> what a part costs, such as its measured time; by default its parameters, tables of embeddings
             aside.
+        batch_norm: "chunk" lets BatchNorm normalise each chunk by its own statistics, and its running ones take a step for each
+            chunk: the numbers of a plain loop over the chunks, not of one over whole batches. None refuses such models.
     """
 
     splits: Sequence[str] | str = "auto"
@@ -49,6 +51,7 @@ class Pipeline:
     microbatches: int | str = "auto"
     stages_per_rank: int | str = "auto"
     cost: Callable[[str, nn.Module], float] | None = None
+    batch_norm: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", _schedule_name(self.schedule))
@@ -59,6 +62,10 @@ class Pipeline:
         if self.cost is not None and not callable(self.cost):
             raise ConfigError(
                 f"Pipeline(cost={self.cost!r}): expected a function (name, module) -> number, such as the module's measured time."
+            )
+        if self.batch_norm not in (None, "chunk"):
+            raise ConfigError(
+                f"Pipeline(batch_norm={self.batch_norm!r}): expected 'chunk' (statistics of each chunk of a batch), or None."
             )
         kind, n = SCHEDULES[self.schedule], self.stages_per_rank
         if n != "auto" and ((not kind.looped and n != 1) or (kind.v_shaped and n != 2) or (kind.looped and n == 1)):
@@ -106,6 +113,13 @@ def make_pipeline(option: Pipeline | str) -> Pipeline:
             f"pipeline={option!r}: expected a Pipeline, 'auto', or the name of a schedule ({', '.join(SCHEDULES)})."
         )
     return Pipeline() if option == "auto" else Pipeline(schedule=option)
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether what the module computes or keeps depends on which samples are run together."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or (
+        isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+    )
 
 
 def _schedule_name(name: str) -> str:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from .errors import ConfigError, DataError
 from .pipeline_answers import Answering, owners_of
 from .pipeline_chunks import Chunk, count_samples, cut_batch, each_tensor, first_input, key_of
-from .pipeline_options import SCHEDULES, Pipeline, make_pipeline
+from .pipeline_options import SCHEDULES, Pipeline, keeps_statistics, make_pipeline
 from .pipeline_split import cost_of, cut, find_chain, free, split_at
 from .pipeline_ties import Ties, find_ties
 
@@ -85,7 +85,7 @@ class PipelinedModel:
         self.group: dist.ProcessGroup = group
         self.ranks, self.rank = mesh.size("pp"), mesh.index("pp")
         self.num_stages, self.num_chunks = options.stages(self.ranks), options.chunks(self.ranks)
-        _check_model(name, model)
+        _check_model(name, model, options)
         chain = find_chain(model)
         given = options.cost
         costs = [
@@ -226,8 +226,9 @@ class PipelinedModel:
         chunks = self.chunks(batch)
         keys = [key_of(chunk.inputs, backward) for chunk in chunks]
         sync = all(s.syncing for s in running.sharded)
+        fillers = frozenset(i for i, chunk in enumerate(chunks) if not chunk.samples)
         for stage in running.stages:
-            stage.begin(keys, backward=backward, sync=sync)
+            stage.begin(keys, backward=backward, sync=sync, fillers=fillers)
         if backward and self.ties:
             self.ties.set_aside(sync=sync)
         results: list[Any] = []
@@ -333,6 +334,8 @@ class PipelinedModel:
                     f"rank {self.place[stage]} of pp: {what} ({len(names)} parts, {self.shares[stage]:.0%} of the cost)",
                 )
             )
+        if self.options.batch_norm and any(keeps_statistics(module) for module in self.model.modules()):
+            rows.append(("batch norm", f"by the statistics of each chunk, {self.num_chunks} of a batch, as asked for"))
         return rows + self.ties.explain()
 
 
@@ -391,11 +394,11 @@ def _made_already(loss: Tensor, chunk: Chunk) -> Tensor:
     return loss
 
 
-def _check_model(name: str, model: nn.Module) -> None:
-    """Refuse what a pipeline would compute differently."""
+def _check_model(name: str, model: nn.Module, options: Pipeline) -> None:
+    """Refuse what a pipeline would compute differently, where that was not asked for."""
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if options.batch_norm is None and keeps_statistics(module):
             raise ConfigError(
                 f"{path} of model {name!r} is a {type(module).__name__}: in a pipeline its statistics would be those of a chunk, "
-                "not of the batch. Use GroupNorm or LayerNorm, or leave pp out."
+                "not of the batch. Use GroupNorm or LayerNorm, take Pipeline(batch_norm='chunk') for what it is, or leave pp out."
             )

@@ -25,6 +25,7 @@ from torch.distributed.pipelining.stage import _PipelineStageBase, _RecvInfo  # 
 from torch.distributed.tensor import DTensor
 
 from .errors import ConfigError
+from .pipeline_options import keeps_statistics
 from .pipeline_split import Link
 
 __all__ = ["Stage", "StageModule"]
@@ -118,6 +119,8 @@ class Stage(_PipelineStageBase):
         self.sync = True
         self.loss_of: Callable[[Any, int], Tensor] | None = None
         self._known = _Known()
+        self._fillers: frozenset[int] = frozenset()
+        self._keeps_statistics = any(map(keeps_statistics, module.modules()))
         self._outputs: dict[int, list[_Shape]] = {}
         self._headers: list[tuple[Any, Tensor]] = []
 
@@ -137,9 +140,10 @@ class Stage(_PipelineStageBase):
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         return []
 
-    def begin(self, keys: Sequence[Hashable], *, backward: bool, sync: bool) -> None:
-        """Start a batch of chunks whose shapes depend on `keys`."""
+    def begin(self, keys: Sequence[Hashable], *, backward: bool, sync: bool, fillers: frozenset[int] = frozenset()) -> None:
+        """Start a batch of chunks whose shapes depend on `keys`; `fillers` are those that are run for nothing."""
         self.clear_runtime_states()
+        self._fillers = fillers if self.module.training and self._keeps_statistics else frozenset()
         self.has_backward, self.sync, self.keys = backward, sync, keys
         self.chunks = len(keys)
         self._outputs.clear()
@@ -207,7 +211,11 @@ class Stage(_PipelineStageBase):
         loss_of = self.loss_of
         if loss_of is not None:
             self.module.finish = lambda output: loss_of(output, fwd_chunk_id)
+        buffers = [*self.module.buffers()] if fwd_chunk_id in self._fillers else []
+        before = [buffer.clone() for buffer in buffers]
         output = self.submod(*inputs)
+        for buffer, values in zip(buffers, before, strict=True):  # no statistics of samples that were counted already
+            buffer.data.copy_(values)  # autograd, which does not see BatchNorm write them, must not see this either
         outputs = _as_tuple(output)
         if not self.is_last:
             for value in outputs:

@@ -72,6 +72,11 @@ class PipelineStrategy(FSDPStrategy):
             )
         if self.offload is not None:
             raise ConfigError("offload='cpu' is not combined with pp: parameters stay gathered between chunks. Leave one out.")
+        if self.sync_batchnorm:
+            raise ConfigError(
+                "sync_batchnorm=True is not combined with pp: a rank may have no samples in a chunk. Leave it out; "
+                "Pipeline(batch_norm='chunk') takes the statistics of each chunk."
+            )
         if self._asks_reshard not in (None, False):
             raise ConfigError(
                 f"reshard_after_forward={self._asks_reshard!r} under {self.plan}: parameters would be gathered anew for each "
