@@ -6,7 +6,9 @@
 The arithmetic and the formats are torchao's. Its own classes keep the state in tensor classes of theirs and the learning rate in
 a tensor, and compile their step always, which takes a minute on a CPU. Here the state is plain tensors (`exp_avg.codes`,
 `exp_avg.scale`), so it is saved like any other, schedulers find a number, and the step is compiled only where that pays.
-Works with any precision, `single` and `ddp`.
+Works with any precision, under `single`, `ddp`, `fsdp` and `hsdp`. Under the last two each rank updates its rows, in the very
+blocks that one process has: which tensors are quantised does not depend on the number of ranks, and neither does a checkpoint.
+Where a rank's rows would end within a block, that number of ranks is refused, with those that fit.
 
 A second moment of few bits becomes 0 where it is far below the largest of its block (for float8 a 4e-6 of it), and the first
 moment does not: a row of an embedding table whose token is rare is then divided by eps alone. With "fp8" and an eps of 1e-8 the
@@ -18,13 +20,16 @@ Source: torchao.optim (0.18); Dettmers et al. 2022, arXiv:2110.02861; Li et al. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
+from .. import dtensors, tensor_order
 from ..errors import ConfigError
 from . import _torchao
 
@@ -72,7 +77,7 @@ class LowBitAdamW(Optimizer):
         self.bf16_stochastic_round = bf16_stochastic_round
         if eps is None:
             eps = 1e-5 if bits == "fp8" else 1e-8
-        self._held: dict[tuple[Tensor, str], Any] = {}  # torchao's tensors around our plain ones
+        self._held: dict[tuple[Tensor, str], tuple[Tensor, Any]] = {}  # (our codes, torchao's tensor around them and the scales)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bits": bits})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -98,11 +103,14 @@ class LowBitAdamW(Optimizer):
                 if not state:
                     self._start(p, state, group["bits"])
                 state["step"] += 1
+                own = dtensors.local(p).detach()
+                if not own.numel():  # a rank that holds no rows of it
+                    continue
                 rate = torch.tensor(float(group["lr"]), device=p.device)
                 # (p, grad, step, exp_avg, exp_avg_sq, max_exp_avg_sq, lr, beta1, beta2, weight_decay, eps, IS_ADAMW, ...)
                 self._function(p.device)(
-                    p.detach(),
-                    p.grad,
+                    own,
+                    dtensors.local(p.grad),
                     state["step"],
                     self._moment(p, state, "exp_avg", group["bits"]),
                     self._moment(p, state, "exp_avg_sq", group["bits"]),
@@ -125,8 +133,6 @@ class LowBitAdamW(Optimizer):
         return self._compiled
 
     def _start(self, p: Tensor, state: dict[str, Any], bits: int | str) -> None:
-        if hasattr(p, "device_mesh"):
-            raise ConfigError("LowBitAdamW steps whole parameters, and these are sharded. Use it under 'single' or 'ddp'.")
         if p.grad is not None and p.grad.is_sparse:
             raise ConfigError(
                 "LowBitAdamW steps dense gradients, and one is sparse. Use torch.optim.SparseAdam for that parameter."
@@ -134,10 +140,80 @@ class LowBitAdamW(Optimizer):
         state["step"] = torch.tensor(0.0)
         for name in ("exp_avg", "exp_avg_sq"):
             if bits != 32 and p.numel() >= _SMALLEST and p.numel() % self._block(bits) == 0:
-                zeros = self._zeros(p, name, bits)
-                state[f"{name}.codes"], state[f"{name}.scale"] = zeros.codes, zeros.scale
+                self._check_cut(p, bits)
+                own = dtensors.local(p)
+                zeros = self._zeros(own if own.numel() else own.new_empty(self._block(bits)), name, bits)
+                for part in ("codes", "scale"):
+                    held = getattr(zeros, part)
+                    state[f"{name}.{part}"] = self._cut(p, bits, part, held if own.numel() else held[:0])
             else:
                 state[name] = torch.zeros_like(p)
+
+    # -- parameters that are cut up -----------------------------------------------------------------------------------
+    def _shape(self, p: Tensor, bits: int | str, part: str) -> torch.Size:
+        """The shape of the codes or scales of all of `p`: row by row where rows are whole blocks, else flat."""
+        if part == "codes" and bits != 4:
+            return p.shape
+        per_row = p.numel() // p.shape[0]
+        of_one = self._block(bits) if part == "scale" else 2
+        by_rows = per_row % self._block(bits) == 0
+        return torch.Size((p.shape[0], per_row // of_one) if by_rows else (p.numel() // of_one,))
+
+    def _check_cut(self, p: Tensor, bits: int | str) -> None:
+        """Refuse parameters that are cut through blocks.
+
+        Raises:
+            ConfigError: with the numbers of ranks that fit.
+        """
+        if not isinstance(p, DTensor):
+            return
+        cuts = [(size, by) for size, by in zip(p.device_mesh.shape, p.placements, strict=True) if not isinstance(by, Replicate)]
+        size = " x ".join(map(str, p.shape))
+        what = f"LowBitAdamW keeps a parameter of {size} in blocks of {self._block(bits)} numbers"
+        by_rows = all(type(by) is Shard and by.dim == 0 for _, by in cuts)
+        if len(cuts) > 1 or not by_rows or tensor_order.order_of(p) is not None:
+            raise ConfigError(
+                f"{what}, row after row, and it is cut by columns, by sections or over several axes. Use 'fsdp', 'hsdp', 'ddp' "
+                "or 'single', or give such parameters a group with bits=32."
+            )
+        if cuts and not self._fits(p, bits, cuts[0][0]):
+            fitting = [str(n) for n in range(1, 65) if self._fits(p, bits, n)]
+            raise ConfigError(
+                f"{what}, and {cuts[0][0]} ranks would cut through some. "
+                f"Use {', '.join(fitting[:8])} ranks, a smaller block_size, or give it a group with bits=32."
+            )
+
+    def _fits(self, p: Tensor, bits: int | str, ranks: int) -> bool:
+        """Whether the codes and scales of `p`, cut as DTensors are, belong to the rows that each of `ranks` ranks has."""
+        rows = p.shape[0]
+        held = -(-rows // ranks) * (p.numel() // rows)  # numbers of a rank that has as many as any
+        for shape in (self._shape(p, bits, "codes"), self._shape(p, bits, "scale")):
+            of_one = p.numel() // math.prod(shape)
+            if len(shape) == 1 and shape != p.shape and (held % of_one or -(-shape[0] // ranks) != held // of_one):
+                return False
+        return held % self._block(bits) == 0
+
+    def _cut(self, p: Tensor, bits: int | str, part: str, own: Tensor) -> Tensor:
+        """Return this rank's codes or scales as state of `p`: a DTensor that is cut like it, where it is one."""
+        shape = self._shape(p, bits, part)
+        if not isinstance(p, DTensor):
+            return own.view(shape)
+        numbers = dtensors.local(p).numel() * math.prod(shape) // p.numel()
+        own = own.view(numbers // math.prod(shape[1:]), *shape[1:])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(own, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
+
+    def _taken(self, p: Tensor, bits: int | str, part: str, value: Tensor) -> Tensor:
+        """Return codes or scales that were read, whole or in pieces, as state of `p`. They are copied."""
+        if isinstance(value, DTensor) and value.placements == getattr(p, "placements", None):
+            own = dtensors.local(value)
+        else:
+            own = dtensors.local(value).reshape(-1)  # of all ranks
+            if isinstance(p, DTensor):
+                first = min(dtensors.box(p)[0][0], p.shape[0]) * (p.numel() // p.shape[0])
+                of_one = p.numel() // own.numel()
+                own = own[first // of_one :][: dtensors.local(p).numel() // of_one]
+        return self._cut(p, bits, part, own.to(p.device, copy=True).contiguous())
 
     def _block(self, bits: int | str) -> int:
         return self.block_size if self.block_size is not None else _FORMATS[bits][2]
@@ -153,22 +229,29 @@ class LowBitAdamW(Optimizer):
         """Return a moment as torchao's function takes it: around the plain tensors of `state`, which it writes into."""
         codes = state.get(f"{name}.codes")
         if codes is None:
-            return state[name]
-        held = self._held.get((p, name))
-        if held is None or held.codes is not codes:  # the first step, or a state that was loaded
-            made = self._zeros(p, name, bits)
+            return dtensors.local(state[name])
+        before, held = self._held.get((p, name), (None, None))
+        if before is not codes:  # the first step, or a state that was loaded
+            made = self._zeros(dtensors.local(p), name, bits)
             names, context = made.__tensor_flatten__()
-            parts = {n: getattr(made, n) for n in names} | {"codes": codes, "scale": state[f"{name}.scale"]}
-            held = self._held[p, name] = type(made).__tensor_unflatten__(parts, context)
+            parts = {n: getattr(made, n) for n in names}
+            parts["codes"] = dtensors.local(codes).view(made.codes.shape)
+            parts["scale"] = dtensors.local(state[f"{name}.scale"]).view(-1)
+            held = type(made).__tensor_unflatten__(parts, context)
+            self._held[p, name] = codes, held
         return held
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back a state. torch casts it to the dtype of the parameters, which low-bit state must not be: that is undone."""
         super().load_state_dict(dict(state_dict))
-        parameters = [p for group in self.param_groups for p in group["params"]]
+        parameters = [(p, group["bits"]) for group in self.param_groups for p in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for number, p in zip(numbers, parameters, strict=True):
+        for number, (p, bits) in zip(numbers, parameters, strict=True):
             for key, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor):
+                part = key.partition(".")[2]
+                if part:
+                    self._check_cut(p, bits)
+                    self.state[p][key] = self._taken(p, bits, part, value)
+                elif isinstance(value, Tensor):
                     self.state[p][key] = value.to("cpu" if key == "step" else p.device, copy=True)
         self._held.clear()

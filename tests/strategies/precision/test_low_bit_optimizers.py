@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from drivetrain.strategies.errors import ConfigError
 from drivetrain.strategies.precision.low_bit_optimizers import LowBitAdamW
+from drivetrain.strategies.world import World
 from tiny_gpt import TinyGPT, train
 from torch import nn
 
@@ -137,15 +139,120 @@ def test_two_ranks_train_near_one(ranks: Any, tmp_path: Path) -> None:
     assert [(a + b) / 2 for a, b in zip(first, second, strict=True)] == pytest.approx(single, abs=5e-3)
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # torch's own, of any module whose step returns a view
-def test_sharded_parameters_are_refused(ranks: Any, tmp_path: Path) -> None:
+FSDP = "ignore:FSDP2-wrapped module"  # torch's own, of any module whose step returns a view
+
+
+@pytest.mark.filterwarnings(FSDP)
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow), pytest.param("fp8", marks=pytest.mark.slow)])
+def test_two_ranks_of_fsdp_train_near_one_and_resume_bit_for_bit(bits: int | str, ranks: Any, tmp_path: Path) -> None:
+    """Each updates its rows in the blocks that one process has; their checkpoint is read by two, by one and by ddp."""
+    make = partial(LowBitAdamW, lr=3e-3, bits=bits)
+    single = train("fp32", tmp_path / "one", steps=8, save_every=4, model=TinyGPT(make))
+
+    def one_rank() -> tuple[list[float], list[float], list[float], dict[str, Any]]:
+        options: dict[str, Any] = {"steps": 8, "batch_size": 4, "strategy": "fsdp"}
+        whole = train("fp32", tmp_path / "two", save_every=4, model=TinyGPT(make), **options)
+        again = train("fp32", tmp_path / "again", resume=whole.checkpoints[4], model=TinyGPT(make), **options)
+        from_one = train("fp32", tmp_path / "from", resume=single.checkpoints[4], model=TinyGPT(make), **options)
+        same = all(torch.equal(again.weights[n].full_tensor(), w.full_tensor()) for n, w in whole.weights.items())  # type: ignore[attr-defined]
+        return whole.losses, again.losses, from_one.losses, {"same": same, "at": str(whole.checkpoints[4])}
+
+    first, second = ranks(2, one_rank, timeout=180)
+    for losses, again, _, more in (first, second):
+        assert again == losses[4:]
+        assert more["same"]
+    mean = [(a + b) / 2 for a, b in zip(first[0], second[0], strict=True)]
+    assert mean == pytest.approx(single.losses, abs=FORMATS[bits][0])
+    # The bytes of its blocks are those of one process, so one goes on where two were, and two where one was.
+    to_one = train("fp32", tmp_path / "to", steps=8, resume=Path(first[3]["at"]), model=TinyGPT(make)).losses
+    assert to_one == pytest.approx(mean[4:], abs=FORMATS[bits][0])
+    assert [(a + b) / 2 for a, b in zip(first[2], second[2], strict=True)] == pytest.approx(
+        single.losses[4:], abs=FORMATS[bits][0]
+    )
+
+
+SHAPES = [(64, 64), (10, 512), (9, 1024), (128, 96), (8192,), (32, 8, 4, 8), (3, 2048)]
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+def test_the_blocks_of_four_ranks_are_those_of_one(bits: int | str, ranks: Any, tmp_path: Path) -> None:
+    """Given the same gradients, weights and state equal one process's bit for bit: uneven rows, empty pieces, four dimensions."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    def values(seed: int) -> list[torch.Tensor]:
+        own = torch.Generator().manual_seed(seed)
+        return [torch.randn(shape, generator=own) for shape in SHAPES]
+
+    def steps(parameters: list[nn.Parameter], cut: Any) -> LowBitAdamW:
+        optimizer = LowBitAdamW(parameters, lr=1e-2, bits=bits)
+        for step in (1, 2, 3):
+            for p, grad in zip(parameters, values(step), strict=True):
+                p.grad = cut(grad)
+            optimizer.step()
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return optimizer
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        # gloo gathers no float8
+        if not isinstance(tensor, DTensor):
+            return tensor
+        local = tensor.to_local()
+        narrow = local.dtype.itemsize == 1
+        made: Any = DTensor.from_local(
+            local.view(torch.uint8) if narrow else local,
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+        return made.full_tensor().view(local.dtype)
+
+    def one_rank() -> list[str]:
+        World.start()
+        mesh = init_device_mesh("cpu", (4,))
+        cut = lambda t: distribute_tensor(t, mesh, [Shard(0)])  # noqa: E731
+        truth = [nn.Parameter(v) for v in values(0)]
+        pieces = [nn.Parameter(cut(v)) for v in values(0)]
+        a, b = steps(truth, lambda t: t), steps(pieces, cut)
+        wrong = []
+        for p, q in zip(truth, pieces, strict=True):
+            pairs = {"weight": (p.detach(), q.detach())} | {k: (t, b.state[q][k]) for k, t in a.state[p].items()}
+            wrong += [f"{tuple(p.shape)} {k}" for k, (x, y) in pairs.items() if not torch.equal(x, whole(y))]
+        return wrong
+
+    assert ranks(4, one_rank, timeout=120) == [[]] * 4
+
+
+@pytest.mark.filterwarnings(FSDP)
+def test_ranks_that_would_cut_through_blocks_are_refused_with_the_numbers_that_fit(ranks: Any, tmp_path: Path) -> None:
+    make = partial(LowBitAdamW, lr=3e-3, block_size=2048)
+
     def one_rank() -> str:
         with pytest.raises(ConfigError) as refusal:
-            train("fp32", tmp_path, steps=1, batch_size=4, strategy="fsdp", model=TinyGPT(partial(LowBitAdamW, lr=3e-3)))
+            train("fp32", tmp_path, steps=1, batch_size=4, strategy="fsdp", model=TinyGPT(make))
         return str(refusal.value)
 
-    for told in ranks(2, one_rank):
-        assert "these are sharded. Use it under 'single' or 'ddp'" in told
+    says = r"64 x 64 in blocks of 2048 numbers, and 4 ranks would cut through some\. Use 1, 2 ranks, .*bits=32"
+    for told in ranks(4, one_rank):
+        assert re.search(says, told), told
+
+
+def test_parameters_that_are_cut_by_columns_are_refused(ranks: Any) -> None:
+    """As tp cuts every second matrix."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def one_rank() -> str:
+        World.start()
+        p = nn.Parameter(distribute_tensor(torch.ones(64, 64), init_device_mesh("cpu", (2,)), [Shard(1)]))
+        p.grad = torch.ones_like(p)
+        with pytest.raises(ConfigError) as refusal:
+            LowBitAdamW([p]).step()
+        return str(refusal.value)
+
+    assert all("64 x 64 in blocks of 256 numbers, row after row, and it is cut by columns" in told for told in ranks(2, one_rank))
 
 
 def test_an_unknown_format_is_refused() -> None:
