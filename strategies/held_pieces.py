@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from . import dtensors, named_state
+from . import dtensors, named_state, tensor_order
 from .base import Strategy
 from .whole_tensors import WholeTensors
 
@@ -35,6 +34,7 @@ class HoldsPieces(Strategy):
     plan_reason: str
     _sharded: dict[int, Sharded]
     _optimizers: list[Optimizer]
+    _orders: Mapping[str, tensor_order.Order] = {}  # of the models whose state is loaded now
 
     if TYPE_CHECKING:
 
@@ -58,7 +58,11 @@ class HoldsPieces(Strategy):
         for name, model in models.items() if self.mesh.index("stage") else ():
             for key, _ in model.named_buffers():
                 tensors.pop(f"model/{name}/{key}", None)
-        return {name: dtensors.piece(name, tensor) for name, tensor in tensors.items()}, values
+        held = {name: dtensors.piece(name, tensor) for name, tensor in tensors.items()}
+        if orders := tensor_order.orders_of(models):
+            found = {name: tensor_order.state_order(orders, name) for name in held}
+            held |= {name: order.pieces(held[name]) for name, order in found.items() if order is not None}
+        return held, values
 
     def load_state_tensors(
         self,
@@ -72,11 +76,13 @@ class HoldsPieces(Strategy):
     ) -> list[str]:
         """Load what any strategy saved; of what is cut up here each rank reads its own piece only."""
         self._free()
+        self._orders = tensor_order.orders_of(models)
         return super().load_state_tensors(models, optimizers, names, read, values, strict=strict)
 
     def place(self, own: Tensor, name: str, source: named_state.Source) -> Tensor:
         """Read `name` in the pieces in which `own` is held."""
-        return dtensors.read_like(own, source.shape(name), functools.partial(source, name))
+        order = tensor_order.order_of(own) or tensor_order.state_order(self._orders, name)
+        return tensor_order.read_like(own, order, source.shape(name), functools.partial(source, name))
 
     def _free(self) -> None:
         for sharded in self._sharded.values():
@@ -97,8 +103,7 @@ class HoldsPieces(Strategy):
 
     def _whole(self, model: nn.Module, name: str, own: Tensor) -> Tensor:
         """Put one tensor of `model` together, at least on rank 0. Collective."""
-        held = own.detach()
-        return held.full_tensor() if isinstance(held, DTensor) else held
+        return tensor_order.whole(own)
 
     # -- words --------------------------------------------------------------------------------------------------------
     def explain(self) -> list[tuple[str, str]]:

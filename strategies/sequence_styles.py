@@ -22,7 +22,7 @@ from .units import repeated_blocks
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Blocks", "Gathered", "HeldWhole", "SequenceBlocks", "blocks_of"]
+__all__ = ["Blocks", "Gathered", "HeldWhole", "SequenceBlocks", "blocks_of", "on_hidden"]
 
 _HIDDEN = ("hidden_states", "x", "hidden", "input", "inputs")
 """What the argument is called that goes through a block, where it is passed by name."""
@@ -79,7 +79,7 @@ def _sort(name: str, path: str, block: nn.Module, styles: Mapping[str, Any], fou
         style = styles.get(full)
         if isinstance(style, ParallelStyle) or style in ("heads", "sequence"):
             continue
-        if style is not None and style.startswith("rowwise"):
+        if isinstance(style, str) and style.startswith("rowwise"):
             found.rows.append(full)
         elif style is not None:
             region = _region(path, full, block, styles)
@@ -148,7 +148,7 @@ class Gathered(ParallelStyle):
             def gather(part: Tensor) -> Tensor:
                 return _piece(part, device_mesh, Shard(self.dim)).redistribute(placements=[Replicate()])
 
-            return _on_hidden(module, args, kwargs, gather)
+            return on_hidden(module, args, kwargs, gather)
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         return module
@@ -176,7 +176,7 @@ class SequenceBlocks(ParallelStyle):
             return DTensor.from_local(hidden, device_mesh, part, run_check=False).redistribute(placements=whole).to_local()
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            return _on_hidden(module, args, kwargs, split)
+            return on_hidden(module, args, kwargs, split)
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             if isinstance(output, tuple):
@@ -194,7 +194,7 @@ def _piece(part: Tensor, mesh: DeviceMesh, placement: Shard) -> DTensor:
     return DTensor.from_local(part, mesh, [placement], run_check=False)
 
 
-def _on_hidden(module: nn.Module, args: Any, kwargs: Any, change: Any) -> Any:
+def on_hidden(module: nn.Module, args: Any, kwargs: Any, change: Any) -> Any:
     """Change the argument that goes through the block: the first one, or the one of its usual name."""
     if args:
         return (change(args[0]), *args[1:]), kwargs

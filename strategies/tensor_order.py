@@ -3,8 +3,8 @@
     c_attn, whole       [ queries | keys | values ]
     held, 2 ranks       [ q of rank 0 | k of rank 0 | v of rank 0 | q of rank 1 | k of rank 1 | v of rank 1 ]
 A matrix of several sections (queries, keys and values; gate and up) is cut over tp section by section, while a DTensor is cut
-into contiguous parts: so its rows are put in order before. Checkpoints and exports keep the model's own order: what a rank holds is
-written as several boxes (`pieces`), read from several (`read_like`), and put back into order where it is gathered (`whole`).
+into contiguous parts: so its rows are put in order before. Checkpoints and exports keep the model's own order: what a rank holds
+is written as several boxes (`pieces`), read from several (`read_like`), and put back into order where it is gathered (`whole`).
 The optimizer's state of such a parameter lies as the parameter does. `p.full_tensor()` of torch knows nothing of it.
 """
 

@@ -5,17 +5,21 @@
     ParallelStrategy(plan=..., tensor_parallel=TensorPlan(sequence_parallel=True, loss_parallel=True))
 A model needs one thing: its attention must not ask how many heads there are, but take what it gets.
     q = self.wq(x).view(batch, length, -1, self.head_dim)      # not self.n_heads
-Styles, each a word or a ParallelStyle of torch.distributed.tensor.parallel:
+    q, k, v = self.c_attn(x).chunk(3, dim=-1)                  # not .split(self.n_embd)
+Styles, each a word, a FusedColumns(sections) (tensor_styles.py), or a ParallelStyle of torch.distributed.tensor.parallel:
     colwise         output features are cut: each rank has some heads, or some hidden features
     rowwise         input features are cut: each rank has a part of the sum, and one all-reduce adds them; an Embedding's rows are
     colwise_gather  colwise, with the output whole on each rank: the head. Under loss_parallel the logits stay cut
     rowwise_split   rowwise, of an input that is whole on each rank
+    copied_heads    fewer heads of keys and values than ranks: held whole, each rank computes the heads that its queries attend
+                    to; 'colwise' becomes this by itself. Its gradient is summed over tp
     heads           held whole, runs on this rank's heads (a norm of queries): its gradient is summed over tp
     sequence        held whole, runs on this rank's part of the sequence: its gradient is summed over tp
     replicate       held whole, runs on everything: as modules without a style do
 Sequence parallel cuts what lies between the matrices, too: from the first block's input to the last block's output each rank has
 a part of the sequence; it is gathered before the columns, and reduce-scattered after the rows, in the place of the all-reduce.
-What is held whole must get equal gradients on all ranks of tp. That is looked at once, after the first backward pass.
+What is held whole must get equal gradients on all ranks of tp. That is looked at once, after the first backward pass. Blocks with
+sections or copied heads are tried once on whole weights, before the first forward (tensor_check.py).
 Source: torch.distributed.tensor.parallel; Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022, arXiv:2205.05198.
 """
 
@@ -39,12 +43,26 @@ from torch.distributed.tensor.parallel import (
 )
 
 from . import dtensors
+from .blocks import choose_blocks
+from .compile import read_compile
 from .errors import ConfigError, UnknownName, suggest
 from .parts import Part
 from .precision.linears import LowPrecisionLinear
 from .precision.split_linears import Split
 from .sequence_styles import Gathered, HeldWhole, SequenceBlocks, blocks_of
-from .tensor_plans import Chosen, choose_styles, heads_of, match_styles
+from .tensor_check import Trial, trials_of
+from .tensor_plans import QUERIES, Chosen, choose_styles, copy_heads, correct_sizes, heads_of, match_styles
+from .tensor_styles import (
+    Conv1DColumns,
+    Conv1DRows,
+    CopiedHeads,
+    FusedColumns,
+    FusedColwise,
+    features_of,
+    is_conv1d,
+    mark,
+    wait_for_inputs,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -53,7 +71,7 @@ if TYPE_CHECKING:
 
 __all__ = ["STYLES", "TensorParallel", "TensorPlan", "make_part"]
 
-STYLES = ("colwise", "rowwise", "colwise_gather", "rowwise_split", "heads", "sequence", "replicate")
+STYLES = ("colwise", "rowwise", "colwise_gather", "rowwise_split", "copied_heads", "heads", "sequence", "replicate")
 """The words for a style; the module's docstring says what they do."""
 
 
@@ -68,13 +86,15 @@ class TensorPlan:
         loss_parallel: the logits stay cut over the vocabulary, and cross_entropy is computed on the pieces. Steps see a DTensor.
         async_tp: overlap the communication with the products, on symmetric memory: in compiled blocks, on CUDA.
         sequence_dim: the dimension of the sequence; 1 for (batch, length, features).
+        verify: try blocks with fused columns or copied heads on whole weights once, and refuse other outputs.
     """
 
-    styles: str | Mapping[str, str | ParallelStyle] = "auto"
+    styles: str | Mapping[str, str | FusedColumns | ParallelStyle] = "auto"
     sequence_parallel: bool = False
     loss_parallel: bool = False
     async_tp: bool = False
     sequence_dim: int = 1
+    verify: bool = True
 
     def __post_init__(self) -> None:
         if self.styles != "auto" and not isinstance(self.styles, Mapping):
@@ -83,10 +103,10 @@ class TensorPlan:
                 "{'layers.*.fc1': 'colwise', 'layers.*.fc2': 'rowwise'}. Write one of them."
             )
         for pattern, style in self.styles.items() if isinstance(self.styles, Mapping) else ():
-            if not isinstance(style, ParallelStyle) and style not in STYLES:
+            if not isinstance(style, ParallelStyle | FusedColumns) and style not in STYLES:
                 raise UnknownName(
                     f"TensorPlan: {pattern!r} has the style {style!r}.{suggest(str(style), STYLES)} Known: {', '.join(STYLES)}, "
-                    "or a ParallelStyle of torch.distributed.tensor.parallel."
+                    "FusedColumns(sections), or a ParallelStyle of torch.distributed.tensor.parallel."
                 )
 
 
@@ -120,6 +140,8 @@ class TensorParallel(Part):
         # (id of a module, key) of the shared ones: by place, since a parameter without values is another once it has them.
         self._shared: set[tuple[int, str]] = set()
         self._unchecked: list[nn.Module] = []
+        self._trials: list[Trial] = []
+        self._copied: dict[str, int] = {}  # path -> heads
 
     def start(self, strategy: ParallelStrategy) -> None:
         super().start(strategy)
@@ -163,17 +185,27 @@ class TensorParallel(Part):
             whole = self.mesh.size("pp") == 1
             chosen = Chosen(match_styles(model, plan.styles, all_match=whole), "asked for")
         self._follow_ties(model, chosen)
+        self._copied |= copy_heads(model, chosen, self.degree)
         words = {path: style for path, style in chosen.styles.items() if style != "replicate"}
         for path, style in words.items():
-            self._check(name, model, path, style)
+            self._check(name, model, path, style, chosen)
         if plan.loss_parallel and "colwise_gather" not in words.values() and self.mesh.size("pp") == 1:
             raise ConfigError(
                 f"loss_parallel needs a head that is cut over the vocabulary, and the plan of model {name!r} has none with the "
                 "style 'colwise_gather'. Add it, such as {'lm_head': 'colwise_gather'}, or leave loss_parallel out."
             )
-        made = {path: [self._make(style, model.get_submodule(path))] for path, style in words.items()}
+        made = {path: [self._make(path, style, model.get_submodule(path))] for path, style in words.items()}
         if plan.sequence_parallel:
             self._cut_sequence(name, model, words, made)
+        uncommon = [path for path, style in words.items() if isinstance(style, FusedColumns) or style == "copied_heads"]
+        if uncommon and plan.verify and self.strategy.world.parameter_device.type != "meta":
+            dim = plan.sequence_dim if plan.sequence_parallel else None
+            self._trials += trials_of(name, model, uncommon, self.tp_mesh, dim)
+        for path in uncommon:
+            correct_sizes(model, path, words[path], self.degree)
+        if (compiled := read_compile(self.strategy.compile)) is not None:
+            for _, block in choose_blocks(model, compiled.units):
+                block.register_forward_pre_hook(wait_for_inputs, with_kwargs=True)
         self._chosen[name] = chosen
         self._styles[id(model)] = made
         used: dict[int, list[tuple[int, str]]] = {}
@@ -183,20 +215,31 @@ class TensorParallel(Part):
                     used.setdefault(id(parameter), []).append((id(module), key))
         self._shared = {place for places in used.values() if places[1:] for place in places}
 
-    def _make(self, style: Any, module: nn.Module) -> ParallelStyle:
+    def _make(self, path: str, style: Any, module: nn.Module, input: Any = None, output: Any = None) -> ParallelStyle:
+        """Make the style of a word; of a module's input and output placements where those are not the style's own."""
         sequence = Shard(self.plan.sequence_dim)
+        conv = is_conv1d(module)
+        _, features = features_of(module) or (0, 0)
         if isinstance(style, ParallelStyle):
             return style
+        if isinstance(style, FusedColumns):
+            return (Conv1DColumns if conv else FusedColwise)(style.sizes(path, features), input_layouts=input)
+        if style == "copied_heads":
+            return CopiedHeads(self._copied[path], input_layouts=input)
+        if conv and style.startswith("colwise"):
+            return Conv1DColumns((features,), input_layouts=input, gather=style == "colwise_gather")
+        if conv and style.startswith("rowwise"):
+            return Conv1DRows(input_layouts=Replicate() if style == "rowwise_split" else None, output_layouts=output)
         if style == "colwise":
-            return ColwiseParallel()
+            return ColwiseParallel(input_layouts=input)
         if style == "rowwise" and isinstance(module, nn.Linear):
-            return RowwiseParallel()
+            return RowwiseParallel(output_layouts=output)
         if style == "colwise_gather" and self.plan.loss_parallel:
             return ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
         if style == "colwise_gather":
-            return ColwiseParallel(output_layouts=Replicate())
+            return ColwiseParallel(input_layouts=input, output_layouts=Replicate())
         if style in ("rowwise", "rowwise_split"):
-            return RowwiseParallel(input_layouts=Replicate())
+            return RowwiseParallel(input_layouts=Replicate(), output_layouts=output)
         # Heads: whichever dimension but the last; the module works on each head alone.
         return HeldWhole(Shard(0) if style == "heads" else sequence)
 
@@ -205,9 +248,9 @@ class TensorParallel(Part):
         dim = self.plan.sequence_dim
         blocks = blocks_of(name, model, words)
         for path in blocks.rows:
-            made[path] = [RowwiseParallel(output_layouts=Shard(dim))]
+            made[path] = [self._make(path, words[path], model.get_submodule(path), output=Shard(dim))]
         for path in blocks.columns:
-            made[path] = [ColwiseParallel(input_layouts=Shard(dim))]
+            made[path] = [self._make(path, words[path], model.get_submodule(path), input=Shard(dim))]
         for path in blocks.gathered:
             made.setdefault(path, []).append(Gathered(dim))
         for path in blocks.between:
@@ -240,7 +283,7 @@ class TensorParallel(Part):
                         f"other not. Give both one: 'colwise_gather' for a head and 'rowwise' for its embedding; or neither."
                     )
 
-    def _check(self, name: str, model: nn.Module, path: str, style: Any) -> None:
+    def _check(self, name: str, model: nn.Module, path: str, style: Any, chosen: Chosen) -> None:
         """Refuse what cannot be cut by `style` on this many ranks."""
         module, n = model.get_submodule(path), self.degree
         if style in ("heads", "sequence"):
@@ -250,15 +293,28 @@ class TensorParallel(Part):
         if isinstance(style, ParallelStyle):
             return
         ours = type(module).__module__.startswith(__package__ or "drivetrain") and type(module) is not LowPrecisionLinear
-        if not isinstance(module, nn.Linear | nn.Embedding) or ours:
+        features = features_of(module)
+        embeds = isinstance(module, nn.Embedding) and style in ("rowwise", "rowwise_split", "colwise", "colwise_gather")
+        if (features is None and not embeds) or ours:
             raise ConfigError(
                 f"{path} of model {name!r} is a {type(module).__name__}, and {style!r} cuts Linear and Embedding as they are in "
                 "torch. Give it a ParallelStyle of its own, leave it out of the plan, or take a precision that changes none."
             )
+        if isinstance(style, FusedColumns):
+            self._check_sections(name, path, style.sizes(path, features[1] if features else 0), chosen.heads.get(path, ()))
+            return
+        if style == "copied_heads":
+            if path not in self._copied:
+                raise ConfigError(
+                    f"{path} of model {name!r} has the style 'copied_heads', and how many heads it has cannot be told: what is "
+                    "around it says neither head_dim nor num_heads, or there are no queries beside it. Give it a head_dim."
+                )
+            return
         rows = style.startswith("rowwise")
-        if isinstance(module, nn.Linear):
-            size, what = (module.in_features, "input features") if rows else (module.out_features, "output features")
+        if features is not None:
+            size, what = (features[0], "input features") if rows else (features[1], "output features")
         else:
+            assert isinstance(module, nn.Embedding)
             size, what = (module.num_embeddings, "rows") if rows else (module.embedding_dim, "features")
         if size % n:
             raise ConfigError(
@@ -267,11 +323,23 @@ class TensorParallel(Part):
             )
         heads = heads_of(model, path, module) if isinstance(module, nn.Linear) and style == "colwise" else None
         if heads is not None and heads % n:
-            kv = path.rpartition(".")[2] not in ("wq", "q_proj", "query", "q", "q_lin")
+            kv = path.rpartition(".")[2] not in QUERIES
             raise ConfigError(
                 f"tp={n} cannot cut {path} of model {name!r}: its {heads} {'key-value heads' if kv else 'heads'} cannot be "
-                f"divided by {n}, and a head is not cut through. Choose a tp that divides {heads}."
+                f"divided by {n}{', nor divide it,' if kv else ','} and a head is not cut through. Choose a tp that divides "
+                f"{heads}{', or that it divides' if kv else ''}."
             )
+
+    def _check_sections(self, name: str, path: str, sizes: tuple[int, ...], heads: tuple[int, ...]) -> None:
+        """Refuse sections of a fused matrix that cannot be divided, or heads that would be cut through."""
+        n = self.degree
+        for what, counts in (("output features", sizes), ("heads", heads)):
+            if any(count % n for count in counts):
+                raise ConfigError(
+                    f"tp={n} cannot cut {path} of model {name!r}: its sections are {', '.join(map(str, counts))} {what}, which "
+                    f"cannot all be divided by {n}. Choose a tp that divides them, or cut the matrices alone, each rank "
+                    f"computing the whole attention: {{{path!r}: 'colwise_gather'}}, and 'rowwise_split' for what ends it."
+                )
 
     def _check_low_precision(self, name: str, path: str, module: LowPrecisionLinear, style: Any) -> None:
         """Refuse a product that has no way to multiply parts of a matrix by the scales of the whole."""
@@ -324,6 +392,13 @@ class TensorParallel(Part):
                     self._tied[id(parameter)] = (parameter, new)
 
     def sharded(self, name: str, model: nn.Module) -> None:
+        for path, styles in self._styles[id(model)].items():
+            for style in styles:
+                if isinstance(style, FusedColwise | Conv1DColumns):
+                    module = model.get_submodule(path)
+                    mark(module, orders := style.orders(module, self.degree))
+                    for trial in self._trials:
+                        trial.take_orders(name, path, orders)
         if self.strategy.world.parameter_device.type != "meta":  # a dry run has no values to look at
             self._unchecked.append(model)
 
@@ -368,6 +443,12 @@ class TensorParallel(Part):
 
     def advice(self, error: Exception) -> str | None:
         """What to say beside an error of a step: the usual fault of a model is to count its heads itself."""
+        fused = any(isinstance(style, FusedColumns) for chosen in self._chosen.values() for style in chosen.styles.values())
+        if fused and ("values to unpack" in str(error) or "split_with_sizes" in str(error)):
+            return (
+                f"tensor parallel: each rank has 1/{self.degree} of each section of a fused matrix. A model that splits by its "
+                "own sizes fails so: write .chunk(3, dim=-1), or sizes that follow those of the tensor."
+            )
         if isinstance(error, RuntimeError) and "is invalid for input of size" in str(error):
             return (
                 f"tensor parallel: each rank has 1/{self.degree} of the heads. A model that reshapes by its own number of heads "

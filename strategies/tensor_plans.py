@@ -4,7 +4,8 @@
 A matrix pair is cut so that only its end talks: the first by columns (each rank has some heads, or some of the hidden features),
 the second by rows (each rank has a part of the sum, and one all-reduce adds them up). Found are
     attention     four Linears in one module: wq wk wv wo, q_proj k_proj v_proj o_proj, query key value proj, ...
-    feed-forward  w1 w3 w2, gate_proj up_proj down_proj, fc proj, fc1 fc2, linear1 linear2, ...
+                  or queries, keys and values in one: c_attn c_proj, qkv proj, qkv_proj o_proj, ..., cut section by section
+    feed-forward  w1 w3 w2, gate_proj up_proj down_proj, fc proj, fc1 fc2, linear1 linear2, gate_up_proj down_proj, ...
     the head and the embedding, cut over the vocabulary, where it can be divided
 transformers' models have a plan of their own (`base_model_tp_plan`), which is taken first. What is not found stays whole.
 Source: Shoeybi et al. 2019, arXiv:1909.08053.
@@ -13,15 +14,16 @@ Source: Shoeybi et al. 2019, arXiv:1909.08053.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from .errors import ConfigError, suggest
+from .tensor_styles import FusedColumns, features_of
 
-__all__ = ["Chosen", "choose_styles", "heads_of", "match_styles"]
+__all__ = ["QUERIES", "Chosen", "choose_styles", "copy_heads", "correct_sizes", "heads_of", "match_styles"]
 
 _ATTENTION = (
     ("wq", "wk", "wv", "wo"),
@@ -50,19 +52,10 @@ _FEED_FORWARD = (  # the columns first, the rows last
     ("w1", "w2"),
     ("up", "down"),
 )
-_FUSED = (
-    "qkv",
-    "c_attn",
-    "qkv_proj",
-    "query_key_value",
-    "wqkv",
-    "Wqkv",
-    "W_pack",
-    "in_proj",
-    "to_qkv",
-    "kv_proj",
-    "gate_up_proj",
-)
+_FUSED_ATTENTION = ("qkv", "c_attn", "qkv_proj", "query_key_value", "wqkv", "Wqkv", "W_pack", "in_proj", "to_qkv")
+_FUSED_ENDS = ("c_proj", "proj", "o_proj", "out_proj", "wo", "dense", "out", "to_out", "o")
+_FUSED_FEED_FORWARD = (("gate_up_proj", "down_proj"), ("gate_up", "down"), ("w13", "w2"), ("fc1_gate", "fc2"))
+_FUSED = (*_FUSED_ATTENTION, "kv_proj", "to_kv", "gate_up_proj")
 _EMBEDDINGS = (
     "tok_embeddings",
     "embed_tokens",
@@ -73,6 +66,10 @@ _EMBEDDINGS = (
     "embed_in",
     "word_embeddings",
 )
+QUERIES = frozenset(names[0] for names in _ATTENTION)
+"""What the queries of an attention are called."""
+_KEYS = frozenset(names[1] for names in _ATTENTION)
+_GROUPS = ("num_key_value_groups", "n_rep", "num_kv_groups", "num_queries_per_kv", "kv_groups")
 _HEADS = ("output", "lm_head", "head", "embed_out", "unembed", "output_projection")
 _HEAD_NORMS = ("q_norm", "k_norm", "query_norm", "key_norm", "q_layernorm", "k_layernorm")
 _HEAD_DIMS = ("head_dim", "d_head", "d_kv", "head_size", "attention_head_size")
@@ -101,11 +98,13 @@ class Chosen:
         styles: path of a module -> style.
         reason: in words, for the start-up lines.
         notes: what was left whole, and why.
+        heads: path of a fused matrix -> heads of its sections, where that is known.
     """
 
     styles: dict[str, Any]
     reason: str
     notes: list[str] = field(default_factory=list)
+    heads: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def choose_styles(model: nn.Module, degree: int) -> Chosen:
@@ -160,12 +159,14 @@ def _transformers_plan(module: nn.Module) -> dict[str, str]:
 
 # -- what its names say -----------------------------------------------------------------------------------------------------
 def _by_structure(model: nn.Module, degree: int) -> Chosen:
-    styles: dict[str, Any] = {}
-    kinds: list[str] = []
+    chosen = Chosen({}, "")
+    styles, kinds = chosen.styles, list[str]()
     for path, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             raise _fused(path, "in_proj_weight", model)
-        children = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+        children = {name: child for name, child in module.named_children() if features_of(child) is not None}
+        if _fused_sections(path, module, children, chosen, kinds):
+            continue
         for name, child in module.named_children():
             if name in _FUSED and any(True for _ in child.parameters(recurse=False)):
                 raise _fused(path, name, model)
@@ -173,32 +174,75 @@ def _by_structure(model: nn.Module, degree: int) -> Chosen:
         if attention is not None:
             styles |= {_join(path, n): "colwise" for n in attention[:-1]} | {_join(path, attention[-1]): "rowwise"}
             _add(kinds, f"attention by {' '.join(attention)}")
-            styles |= _head_norms(path, module, children[attention[0]])
+            styles |= _head_norms(path, module, _outputs(children[attention[0]]))
             continue
         pair = next((names for names in _FEED_FORWARD if _fits(names, children)), None)
         if pair is not None:
             styles |= {_join(path, n): "colwise" for n in pair[:-1]} | {_join(path, pair[-1]): "rowwise"}
             _add(kinds, f"feed-forward by {' '.join(pair)}")
     if not styles:
-        return Chosen({}, "")
-    ends, notes = _ends(model, styles, degree)
-    return Chosen(styles | ends, f"chosen by names: {', '.join(kinds)}", notes)
+        return chosen
+    ends, chosen.notes = _ends(model, styles, degree)
+    styles |= ends
+    chosen.reason = f"chosen by names: {', '.join(kinds)}"
+    return chosen
 
 
-def _fits(names: tuple[str, ...], children: Mapping[str, nn.Linear]) -> bool:
+def _fused_sections(path: str, module: nn.Module, children: Mapping[str, nn.Module], chosen: Chosen, kinds: list[str]) -> bool:
+    """Give a module with a fused matrix and the one that ends it their styles, the sections by the sizes of both."""
+    pair = next(((a, b) for a in _FUSED_ATTENTION for b in _FUSED_ENDS if a in children and b in children), None)
+    gated = next((names for names in _FUSED_FEED_FORWARD if all(n in children for n in names)), None)
+    if pair is not None:
+        first, last = pair
+        total, queries = _outputs(children[first]), _inputs(children[last])
+        keys, odd = divmod(total - queries, 2)
+        if odd or not 0 < keys <= queries:
+            return False
+        chosen.styles |= {_join(path, first): FusedColumns((queries, keys, keys)), _join(path, last): "rowwise"}
+        size = next((v for v in _numbers(module, _HEAD_DIMS)), None)
+        count = next((v for v in _numbers(module, _HEAD_COUNTS)), None)
+        size = queries // count if size is None and count is not None else size
+        if size is not None:
+            chosen.heads[_join(path, first)] = (queries // size, keys // size, keys // size)
+        chosen.styles |= _head_norms(path, module, queries)
+        _add(kinds, f"attention by {first} {last}")
+        return True
+    if gated is not None and _outputs(children[gated[0]]) == 2 * _inputs(children[gated[1]]):
+        chosen.styles |= {_join(path, gated[0]): FusedColumns(2), _join(path, gated[1]): "rowwise"}
+        _add(kinds, f"feed-forward by {' '.join(gated)}")
+        return True
+    return False
+
+
+def _numbers(module: nn.Module, names: Iterable[str]) -> Iterator[int]:
+    """The attributes of these names that are numbers, of a module and of its config."""
+    for place in (module, getattr(module, "config", None)):
+        for name in names:
+            if isinstance(value := getattr(place, name, None), int) and not isinstance(value, bool) and value > 0:
+                yield value
+
+
+def _inputs(module: nn.Module) -> int:
+    return (features_of(module) or (0, 0))[0]
+
+
+def _outputs(module: nn.Module) -> int:
+    return (features_of(module) or (0, 0))[1]
+
+
+def _fits(names: tuple[str, ...], children: Mapping[str, nn.Module]) -> bool:
     if not all(n in children for n in names):
         return False
-    last = children[names[-1]]
-    return all(children[n].out_features == last.in_features for n in names[:-1])
+    return all(_outputs(children[n]) == _inputs(children[names[-1]]) for n in names[:-1])
 
 
-def _head_norms(path: str, module: nn.Module, query: nn.Linear) -> dict[str, str]:
+def _head_norms(path: str, module: nn.Module, queries: int) -> dict[str, str]:
     """Norms of queries and keys inside an attention module: on this rank's heads, if they norm each head."""
     found: dict[str, str] = {}
     for name, child in module.named_children():
         weight = getattr(child, "weight", None)
         if name in _HEAD_NORMS and isinstance(weight, nn.Parameter):
-            if weight.numel() == query.out_features:
+            if weight.numel() == queries:
                 raise ConfigError(
                     f"{_join(path, name)} norms all heads together ({weight.numel()} features), and under tensor parallel no "
                     "rank has them all. Write a plan that leaves it whole: tensor_parallel={'layers.*.w1': 'colwise', ...}."
@@ -231,9 +275,10 @@ def _ends(model: nn.Module, styles: Mapping[str, Any], degree: int) -> tuple[dic
 def _fused(path: str, name: str, model: nn.Module) -> ConfigError:
     where = _join(path, name)
     return ConfigError(
-        f"{where} of {type(model).__name__} is several matrices in one (queries, keys and values, or gate and up). A cut "
-        f"through its columns would give a rank parts of some and none of others. Write them as Linears of their own (q_proj, "
-        f"k_proj, v_proj), or give a plan without it: tensor_parallel={{'layers.*.w1': 'colwise', 'layers.*.w2': 'rowwise'}}."
+        f"{where} of {type(model).__name__} is several matrices in one, and what its sections are cannot be told. A cut straight "
+        "through its columns would give a rank parts of some and none of others. Say them: tensor_parallel={'layers.*.qkv': "
+        "FusedColumns((queries, keys, values)), 'layers.*.proj': 'rowwise', ...}, sizes in output features; or write Linears of "
+        "their own (q_proj, k_proj, v_proj). nn.MultiheadAttention cannot be cut: call F.scaled_dot_product_attention."
     )
 
 
@@ -276,13 +321,73 @@ def heads_of(model: nn.Module, path: str, module: nn.Linear) -> int | None:
     owner = _get(model, path.rpartition(".")[0])
     for place in (owner, getattr(owner, "config", None)):
         size = next((v for a in _HEAD_DIMS if isinstance(v := getattr(place, a, None), int) and v > 0), None)
-        if size is None and name in {names[0] for names in _ATTENTION}:
+        if size is None and name in QUERIES:
             count = next((v for a in _HEAD_COUNTS if isinstance(v := getattr(place, a, None), int) and v > 0), None)
             if count is not None:
                 return count
         if size is not None:
             return module.out_features // size
     return None
+
+
+def copy_heads(model: nn.Module, chosen: Chosen, ranks: int) -> dict[str, int]:
+    """Let keys and values of fewer heads than there are ranks be copied: each rank has those that its queries attend to.
+
+    Returns:
+        Path -> heads, of the modules whose style is "copied_heads" now.
+    Raises:
+        ConfigError: the style was asked for where heads and ranks do not go together.
+    """
+    copied: dict[str, int] = {}
+    for path, style in list(chosen.styles.items()):
+        query = _query_of(path)
+        if style not in ("colwise", "copied_heads") or query not in chosen.styles:
+            continue
+        module, queries = model.get_submodule(path), model.get_submodule(query)
+        if (
+            not isinstance(module, nn.Linear)
+            or not isinstance(queries, nn.Linear)
+            or not (count := heads_of(model, query, queries))
+        ):
+            continue
+        heads = module.out_features * count // queries.out_features
+        fits = 0 < heads < ranks and ranks % heads == 0 and count % ranks == 0
+        if fits:
+            chosen.styles[path] = "copied_heads"
+            copied[path] = heads
+            note = f"{heads} heads of keys and values are held whole, and computed by {ranks // heads} ranks each"
+            chosen.notes += [] if note in chosen.notes else [note]
+        elif style == "copied_heads":
+            raise ConfigError(
+                f"{path}: 'copied_heads' copies fewer heads than there are ranks, a number that divides them. Here {heads} heads "
+                f"of keys and {count} of queries meet tp={ranks}. Use 'colwise', or another tp."
+            )
+    return copied
+
+
+def _query_of(path: str) -> str:
+    """The path of the queries beside the keys or values at `path`, by the names of one attention; "" where it is none."""
+    owner, _, name = path.rpartition(".")
+    return next((_join(owner, names[0]) for names in _ATTENTION if name in names[1:3]), "")
+
+
+def correct_sizes(model: nn.Module, path: str, style: Any, ranks: int) -> None:
+    """Correct what the attention around `path` keeps of its own sizes, where the name is known: a forward asks it for its rank's.
+
+    transformers' GPT-2 splits by `split_size`; groups of queries to a head of keys are fewer where those are copied.
+    """
+    owner = _get(model, path.rpartition(".")[0])
+    key = path.rpartition(".")[2]
+    if isinstance(style, FusedColumns):
+        sizes = style.sizes(path, _outputs(_get(model, path)))
+        if getattr(owner, "split_size", None) in sizes:
+            owner.split_size //= ranks  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
+    elif key in _KEYS:  # once for each attention
+        heads = _outputs(_get(model, path)), _outputs(_get(model, _query_of(path)))
+        for name in _GROUPS:
+            if getattr(owner, name, None) == heads[1] // heads[0] and heads[0]:
+                size = next(_numbers(owner, _HEAD_DIMS), 1)
+                setattr(owner, name, heads[1] // size // ranks)
 
 
 def _get(model: nn.Module, path: str) -> nn.Module:

@@ -189,9 +189,11 @@ class Stack(nn.Sequential):
 
 
 class Fused(nn.Module):
+    """Does not say what its matrix is of: nothing ends it."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.qkv, self.mix = nn.Linear(16, 48), nn.Linear(16, 16)
 
 
 class NormsHeads(nn.Module):
@@ -231,7 +233,7 @@ def refusals() -> list[str]:
         made, model = prepare(model, option)
         made.backward(made.bind(model, "step")(torch.randn(2, 7, 16)))
 
-    expect(lambda: prepare(Llama(heads=4, kv_heads=1)))
+    expect(lambda: prepare(Llama(heads=6, kv_heads=3)))
     expect(lambda: prepare(Llama(hidden=25)))
     expect(lambda: prepare(MLP(0)))
     expect(lambda: prepare(nn.TransformerEncoderLayer(16, 4)))
@@ -255,7 +257,7 @@ def refusals() -> list[str]:
 
 def test_what_cannot_be_cut_is_refused_by_name(ranks: Any) -> None:
     says = [
-        "layers.0.attention.wk of model 'model': its 1 key-value heads cannot be divided by 2",
+        "layers.0.attention.wk of model 'model': its 3 key-value heads cannot be divided by 2, nor divide it",
         "layers.0.feed_forward.w1 of model 'model': its 25 output features cannot be divided by 2",
         "No tensor parallel plan is known for MLP",
         "self_attn.in_proj_weight of TransformerEncoderLayer is several matrices in one",
