@@ -8,7 +8,8 @@
 `collect` takes it from a running accelerator; `restore` gives it back: first models and optimizers, then schedulers and
 providers in the order of their registration, the random states last, because anything before may draw from them.
 A provider is any object with `state_dict` and `load_state_dict` whose state is a tree of tensors and JSON values. One whose state
-is per rank may have `load_states`, which is given those of all ranks, so that a resume on another number can merge them.
+is per rank may have `load_states` (and `check_states`), which is given those of all ranks, so that a resume on another number
+can merge them.
 """
 
 from __future__ import annotations
@@ -120,15 +121,19 @@ def _is_per_rank(provider: Provider) -> bool:
 
 def _check_provider(name: str, provider: Provider, checkpoint: Checkpoint, held: set[str], rank: int, *, strict: bool) -> None:
     """Refuse what can be refused before anything is loaded: a provider may have `check_state`, which changes nothing."""
-    there = name in checkpoint.rank_value_names(0) if _is_per_rank(provider) else name in held
+    merges = hasattr(provider, "load_states")
+    there = name in held if not _is_per_rank(provider) else name in checkpoint.rank_value_names(0)
+    there = there or (merges and (name in held or name in checkpoint.rank_value_names(0)))
     if strict and not there and getattr(provider, "state_is_required", True):
         kind = sorted(n for n in {*held, *checkpoint.rank_value_names(0)} if n.split("/")[0] == name.split("/")[0])
         raise CheckpointError(
             f"The checkpoint holds no state for {name!r}; of that kind it holds {', '.join(kind) or 'nothing'}. "
             "Register the same objects as in the run that saved it, or load with strict=False."
         )
-    check = getattr(provider, "check_state", None)
-    if check is not None and there:
+    check, check_all = getattr(provider, "check_state", None), getattr(provider, "check_states", None)
+    if check_all is not None and there:
+        check_all(_states(name, checkpoint, held))
+    elif check is not None and there:
         check(
             checkpoint.rank_value(name, rank if rank < checkpoint.world_size else 0)
             if _is_per_rank(provider)
@@ -138,19 +143,25 @@ def _check_provider(name: str, provider: Provider, checkpoint: Checkpoint, held:
 
 def _restore_provider(name: str, provider: Provider, checkpoint: Checkpoint, held: set[str], rank: int) -> bool:
     """Give one provider its state; return False where there is none."""
+    of_ranks = name in checkpoint.rank_value_names(0)
+    load_states = getattr(provider, "load_states", None)
+    if load_states is not None:
+        if of_ranks or name in held:
+            load_states(_states(name, checkpoint, held))
+        return of_ranks or name in held
     if not _is_per_rank(provider):
         if name in held:
             provider.load_state_dict(checkpoint.value(name))
         return name in held
-    if name not in checkpoint.rank_value_names(0):
-        return False
-    load_states = getattr(provider, "load_states", None)
-    if load_states is not None:
-        load_states([checkpoint.rank_value(name, r) for r in range(checkpoint.world_size)])
-    else:
+    if of_ranks:
         # A rank that the saving run did not have is given rank 0's state, and refuses it if it cannot go on from there.
         provider.load_state_dict(checkpoint.rank_value(name, rank if rank < checkpoint.world_size else 0))
-    return True
+    return of_ranks
+
+
+def _states(name: str, checkpoint: Checkpoint, held: set[str]) -> list[Any]:
+    """The states of all ranks; one where they are the same. A stream's may be either, as the number of ranks was."""
+    return [checkpoint.value(name)] if name in held else [checkpoint.rank_value(name, r) for r in range(checkpoint.world_size)]
 
 
 def load_models(accelerator: Accelerator, checkpoint: Checkpoint) -> None:

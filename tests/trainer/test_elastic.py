@@ -5,18 +5,20 @@ What depends on the number of ranks by nature (dropout, BatchNorm) is left out. 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import resume_jobs
 import torch
 from drivetrain.callbacks.base import Callback
 from drivetrain.callbacks.loggers.jsonl import read_metrics
 from drivetrain.strategies.errors import ConfigError
 from drivetrain.trainer.data.loader import prepare_loader
 from resume_jobs import Job, read_ledger, train
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 JOB = Job(epochs=2, samples=47, batch_size=2, dropout=0.0, batch_norm=False, validate=False, options={"global_batch_size": 12})
 """47 = 3 * 12 + 11: each epoch ends in the middle of a window, and of a micro-batch."""
@@ -64,6 +66,50 @@ def test_a_number_of_ranks_that_cannot_keep_the_global_batch_is_refused_with_tho
     with pytest.raises(ConfigError, match=r"not a multiple of 8, .*these numbers of ranks keep it: 1, 2, 3, 6\."):
         ranks(4, part, JOB, tmp_path)
     assert ranks(3, part, JOB, tmp_path, max_steps=3) == [{2}] * 3  # nothing has happened to the run
+
+
+# -- data without indices --------------------------------------------------------------------------------------------------
+class Stream(IterableDataset[Any]):
+    """The samples of the job, one after the other."""
+
+    def __init__(self, job: Job, index: int = 0, shards: int = 1) -> None:
+        self.job, self.mine = job, range(job.samples)[index::shards]
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(resume_jobs.Samples(self.job).__getitem__, self.mine)
+
+
+class Cut(Stream):
+    """Can be cut into shards: each rank reads its own, which are others on another number of ranks."""
+
+    def shard(self, num_shards: int, index: int) -> Cut:
+        return Cut(self.job, index, num_shards)
+
+
+def streamed_part(kind: type[Stream], job: Job, root: Path, **options: Any) -> None:
+    resume_jobs.loaders = lambda job: (DataLoader(kind(job), batch_size=job.batch_size),)  # this process is a rank's own
+    train(job, root, ledger=root, resume="auto", **options)
+
+
+@pytest.mark.parametrize("kind", [Stream, Cut])
+def test_a_run_over_an_iterable_goes_from_one_rank_to_two_to_three_and_back_to_one(
+    ranks: Any, kind: type[Stream], tmp_path: Path
+) -> None:
+    """Each sample once. The epoch that a stop breaks has the samples of the run that was not broken, step by step; the next one
+    too where rank 0 reads for all, in another order where each of now three ranks reads its own shard."""
+    job = replace(JOB, augment=False)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+    ranks(1, streamed_part, kind, job, whole)
+    for size, stop in ((1, 2), (2, 3), (3, 6), (1, 8)):
+        ranks(size, streamed_part, kind, job, cut, max_steps=stop)
+    losses, expected = curve(cut), curve(whole)
+    assert sorted(losses) == sorted(expected) == list(range(1, 9))
+    same = range(1, 5) if kind is Cut else range(1, 9)
+    assert [losses[step] for step in same] == pytest.approx([expected[step] for step in same], rel=1e-6, abs=0)
+    for epoch, batches in read_ledger(cut).items():
+        assert sorted(n for batch in batches for n in batch) == list(range(job.samples)), f"epoch {epoch}"
 
 
 # -- far into the data ----------------------------------------------------------------------------------------------------

@@ -44,13 +44,13 @@ def _required(value: Any) -> list[str] | None:
 class Counted:
     """The position of such a data set: what `Stream` asks where it asks others for their state_dict."""
 
-    def __init__(self, dataset: Any, ranks: int) -> None:
-        self.dataset, self.ranks = dataset, ranks
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
         self._next = 0  # the epoch that it would read next by itself
 
     def state_after(self, samples: int) -> dict[str, Any]:
-        """Return its state after `samples` of this rank; the ranks read equally many."""
-        return dict(self.dataset.state_dict(samples * self.ranks, True))
+        """Return its state after `samples` of all ranks together."""
+        return dict(self.dataset.state_dict(samples, True))
 
     def begin(self, epoch: int, state: dict[str, Any] | None) -> None:
         """Let the next iteration be that of `epoch`, from where `state` says, else from its start.

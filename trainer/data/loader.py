@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ from ...strategies.errors import CheckpointError, ConfigError, DataError
 from . import state as loader_state
 from .config import DataLoaderConfiguration
 from .reading import Failure
-from .sources import Indexed, Streamed, build
+from .sources import Indexed, build
+from .streamed import Streamed
 from .transfer import to_device
 
 if TYPE_CHECKING:
@@ -133,9 +134,11 @@ class Loader:
         turn = self._course.passes
         self.position = start
         skip, left, begun = (0 if start else self._skip), self.limit, bool(start)
-        if left is not None and saved is not None:
-            left -= saved.get("micro_batches", 0)
-        self._micro_batches = saved.get("micro_batches", 0) if saved is not None else 0
+        self._micro_batches = 0
+        if saved is not None:  # on other ranks they had another size
+            self._micro_batches = -(-saved.get("micro_batches", 0) * saved.get("ranks", 1) // source.ranks)
+        if left is not None:
+            left -= self._micro_batches
         transfer = self.transfer
         micro_batches = source.begin(self.epoch, saved)
         try:
@@ -143,8 +146,8 @@ class Loader:
                 self.on_iter(self)
             for batch, count, together, is_last, used in micro_batches if left is None or left > 0 else ():
                 begun = True
-                if source.stream is not None:
-                    source.stream.consumed += used
+                if source.running is not None:
+                    source.running.hand_out(used)
                 self.position += together
                 self._micro_batches += 1
                 left = None if left is None else left - 1
@@ -165,8 +168,8 @@ class Loader:
                 raise self._no_batches()
             self._leave(turn, finished=True)
         finally:
-            if source.stream is not None and self._course.passes == turn:
-                source.stream.close()
+            if source.running is not None and self._course.passes == turn:
+                source.running.close()
             self._leave(turn)
 
     def _enter(self) -> tuple[int, dict[str, Any] | None]:
@@ -235,7 +238,10 @@ class Loader:
     @property
     def per_rank(self) -> bool:
         """Whether each rank's `state_dict` is its own: true for iterables that each rank reads by itself."""
-        return self._source.per_rank
+        course, source = self._course, self._source
+        if course.active is not None and isinstance(source, Streamed) and source.taken_over:
+            return False
+        return source.per_rank and "parts" not in (course.saved or ())
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be that of `epoch`, from its start; a position that was loaded for this epoch is kept."""
@@ -255,36 +261,43 @@ class Loader:
             return {**state, "kind": "indexed", "seed": source.order.seed, "samples": source.length(course.epoch)}
         state |= {"kind": "stream", "seed": source.seed}
         if active is not None:
-            state |= {**source.state(), "micro_batches": active._micro_batches}
+            state |= {**source.state(position), "micro_batches": active._micro_batches}
         elif course.saved is not None:
             state |= {name: value for name, value in course.saved.items() if name not in state}
         return state
 
     def load_state_dict(self, state: Any) -> None:
-        """Take back what `state_dict` returned, on any number of ranks and workers. The seed of the order is the saved one.
+        """Take back what `state_dict` returned: `load_states` with this rank's state only."""
+        self.load_states([state])
+
+    def load_states(self, states: Sequence[Any]) -> None:
+        """Take back what `state_dict` returned on each rank, on any number of ranks and workers. The seed of the order is the
+        saved one.
+
+        Where each rank read by itself (`per_rank`), another number of ranks needs the states of all of them, in order.
 
         Raises:
-            CheckpointError: not such a state, or of other data.
+            CheckpointError: not such states, of other data, or of loaders that only their own ranks know.
         """
         source, course = self._source, self._course
-        found = self.check_state(state)
+        found = self.check_states(states)
         if isinstance(source, Indexed):
             source.order.seed = found["seed"]
         course.epoch, course.start, course.active = found["epoch"], found["position"], None
         course.saved = found if found["position"] else None
         self.epoch, self.position = course.epoch, course.start
 
-    def check_state(self, state: Any) -> dict[str, Any]:
-        """Return `state` if `load_state_dict` can take it; change nothing. A resume asks before it loads the weights.
+    def check_states(self, states: Sequence[Any]) -> dict[str, Any]:
+        """Return what `load_states` would go on from; change nothing. A resume asks before it loads the weights.
 
         Raises:
-            CheckpointError: not such a state, or of other data.
+            CheckpointError: as in `load_states`.
         """
         source = self._source
-        found = loader_state.check(state, "indexed" if isinstance(source, Indexed) else "stream")
+        each = [loader_state.check(state, "indexed" if isinstance(source, Indexed) else "stream") for state in states]
         if not isinstance(source, Indexed):
-            source.check(found)
-            return found
+            return source.plan(each)
+        found = each[0]
         seed, source.order.seed = source.order.seed, found["seed"]
         try:
             samples = source.length(found["epoch"]) if found["position"] else None

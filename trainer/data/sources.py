@@ -7,101 +7,27 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from ...strategies.errors import CheckpointError, ConfigError, DataError
+from ...strategies.errors import ConfigError, DataError
 from .config import DataLoaderConfiguration
 from .counted import Counted, has_state, is_counted
 from .dispatch import Dispatch
 from .indexed import Indexed, batch_per_rank, indexed
 from .randomness import mix
 from .reading import WorkerStart
-from .stream import Group, Micro, Stream, alone, beside, groups
+from .stream import Group, Micro, Readable, Stream, alone, beside, groups
+from .streamed import Streamed, TakesOver
 
 if TYPE_CHECKING:
     from ...strategies.world import World
 
 __all__ = ["Indexed", "Streamed", "build"]
-
-
-class Streamed:
-    """Ready batches in order. `how` makes the micro-batches of a pass from the opened stream.
-
-    Attributes:
-        stream: None on ranks that only receive.
-        per_rank: each rank reads its own, so that its position and state are its own too.
-        batch_samples: samples of a full micro-batch over all ranks; None until known.
-    """
-
-    regular = False
-
-    def __init__(
-        self,
-        stream: Stream | None,
-        how: Callable[[Stream | None], Iterator[Micro]],
-        *,
-        seed: int,
-        ranks: int,
-        per_rank: bool,
-        batch_samples: int | None,
-        length: int | None,
-    ) -> None:
-        self.stream = stream
-        self.how = how
-        self.seed = seed
-        self.ranks = ranks
-        self.per_rank = per_rank
-        self.batch_samples = batch_samples
-        self.length = length
-
-    def begin(self, epoch: int, saved: dict[str, Any] | None) -> Iterator[Micro]:
-        """Begin a pass, behind what the saved state had handed out."""
-        if self.stream is not None:
-            if saved is None:
-                self.stream.open(epoch)
-            elif self.per_rank:
-                self.stream.open(epoch, batches=saved["batches"], saved=saved.get("own"))
-            else:
-                self.stream.open(epoch, samples=saved["position"], saved=saved.get("own"))
-        return self.how(self.stream)
-
-    def state(self) -> dict[str, Any]:
-        """What is needed beside epoch, position and seed."""
-        state: dict[str, Any] = {"ranks": self.ranks, "per_rank": self.per_rank, "batches": 0}
-        if self.stream is not None:
-            state["batches"] = self.stream.consumed
-            own = self.stream.state()
-            if own is not None:
-                state["own"] = own
-        return state
-
-    def check(self, state: dict[str, Any]) -> None:
-        """Refuse a state that cannot be continued here.
-
-        Raises:
-            CheckpointError: each rank had its own batches, and there were other ranks.
-        """
-        if state["position"] and state.get("per_rank") != self.per_rank and max(state.get("ranks", 1), self.ranks) > 1:
-            was, now = (
-                ("its own batches", "a share of one stream")
-                if state.get("per_rank")
-                else ("a share of one stream", "its own batches")
-            )
-            raise CheckpointError(
-                f"In the saved run each rank read {was}, here {now}. Keep the loader's configuration, or resume at an epoch's "
-                "start."
-            )
-        if self.per_rank and state["position"] and state.get("ranks") != self.ranks:
-            raise CheckpointError(
-                f"The saved run had {state.get('ranks')} ranks, each with its own batches, and this one has {self.ranks}: a "
-                "position in one "
-                "cannot be found in the other. Resume on as many ranks, or at an epoch's start, or let rank 0 read for all "
-                "(dispatch_batches=True)."
-            )
 
 
 def build(
@@ -141,66 +67,89 @@ def _iterable(
     index, ranks = shard
     size = loader.batch_size
     together = None if size is None else size if config.split_batches else size * ranks
-    make = {"config": config, "seed": seed, "batch_size": size}
+    name = type(loader.dataset).__name__
     if is_counted(loader.dataset) and ranks > 1:
         if config.dispatch_batches or config.split_batches:
             wrong = "dispatch_batches=True" if config.dispatch_batches else "split_batches=True"
             raise ConfigError(
-                f"{type(loader.dataset).__name__} reads its rank's share by itself; expected no {wrong}, which would divide rank "
+                f"{name} reads its rank's share by itself; expected no {wrong}, which would divide rank "
                 "0's share again. Leave it out of DataLoaderConfiguration(...)."
             )
-        return _beside(_stream(loader, ranks=ranks, **{**make, "seed": mix(seed, index)}), world, shard, config, seed, together)
-    if ranks == 1:
-        return Streamed(
-            _stream(loader, **make), _alone, seed=seed, ranks=1, per_rank=False, batch_samples=together, length=_length(loader)
-        )
-    if config.dispatch_batches is None and not config.split_batches and _can_shard(loader.dataset, ranks):
-        own = loader.dataset.shard(ranks, index)  # pyright: ignore[reportAttributeAccessIssue]
-        mine = _stream(loader, own, config=config, seed=mix(seed, index), batch_size=size)
-        return _beside(mine, world, shard, config, seed, together)
+        mine = _stream(loader, config=config, seed=mix(seed, index))
+        return _beside(mine, world, shard, config, seed, name=name, together=together)
     if config.split_batches and size is not None:
         batch_per_rank(size, ranks, config)
-    if config.dispatch_batches is False:
 
-        def keep(stream: Stream | None) -> Iterator[Micro]:
-            assert stream is not None
-            for group in groups(stream, ranks, split=config.split_batches):
-                yield _micro(group, index)
+    def part(number: int, shards: int, workers: int | None = None) -> Stream:
+        """One of the streams that `shards` ranks read; with `workers` for what is left of an epoch."""
+        if shards == 1:
+            return _stream(loader, config=config, seed=seed, workers=workers)
+        own = loader.dataset.shard(shards, number)  # pyright: ignore[reportAttributeAccessIssue]
+        return _stream(loader, own, config=config, seed=mix(seed, number), workers=workers)
 
-        return Streamed(
-            _stream(loader, **make), keep, seed=seed, ranks=ranks, per_rank=False, batch_samples=together, length=None
-        )
-    members = _members(world, shard, "An iterable data set that cannot shard itself")
-    group = members.new_group(backend="gloo")
-    if group is None:
-        raise ConfigError("A loader of several ranks needs the World that they belong to; this one has no process group.")
-    dispatch = Dispatch(group, members.rank, members.gather_json(index))
-    if members.rank == 0:
-        stream = _stream(loader, **make)
-        return Streamed(
-            stream, lambda _: dispatch.send(groups(stream, ranks, split=config.split_batches)),
-            seed=seed, ranks=ranks, per_rank=False, batch_samples=together, length=None,
-        )  # fmt: skip
+    workers = 0 if is_counted(loader.dataset) else loader.num_workers
+    give = _given(world, shard, config)
+    takes_over = TakesOver(part, give.how, give.reads, lambda n: n == 1 or _can_shard(loader.dataset, n), config.uneven == "drop")
+    if ranks > 1 and config.dispatch_batches is None and not config.split_batches and _can_shard(loader.dataset, ranks):
+        mine = part(index, ranks)
+        return _beside(mine, world, shard, config, seed, name=name, together=together, workers=workers, takes_over=takes_over)
+    give.prepare()
     return Streamed(
-        None, lambda _: dispatch.receive(), seed=seed, ranks=ranks, per_rank=False, batch_samples=together, length=None
+        part(0, 1) if give.reads else None,
+        give.how,
+        name=name,
+        seed=seed,
+        shard=shard,
+        per_rank=False,
+        batch_samples=together,
+        batch_size=size,
+        length=_length(loader) if ranks == 1 else None,
+        workers=workers,
+        takes_over=takes_over,
     )
 
 
 def _own(loader: Any, world: World | None, shard: tuple[int, int], config: DataLoaderConfiguration, seed: int) -> Streamed:
     """Every rank's loader is its own: nothing is divided."""
-    size = loader.batch_size if isinstance(loader, DataLoader) else None
+    known = loader if isinstance(loader, DataLoader) else None
+    size = None if known is None else known.batch_size
     quiet = isinstance(loader, list | tuple)
-    stateful = loader if has_state(loader) else _counted(loader, shard[1])
-    workers = isinstance(loader, DataLoader) and loader.num_workers > 0
     key = mix(seed, shard[0]) if config.seed_samples and not quiet else None
-    stream = Stream(loader, stateful=stateful, seed=key, in_workers=workers, batch_size=size)
+    name = type(loader).__name__ if known is None else type(known.dataset).__name__
+
+    def stream(workers: int | None = None) -> Stream:
+        source = loader if known is None or workers is None else _rebuilt(known, known.dataset, workers=workers)
+        stateful = source if has_state(source) else _counted(source)
+        in_workers = isinstance(source, DataLoader) and source.num_workers > 0
+        return Stream(source, stateful=stateful, seed=key, in_workers=in_workers, batch_size=size)
+
+    workers, takes_over = 0, None
+    # With indices the batches are the same for any number of workers; only torchdata's state is not.
+    if known is not None and (has_state(known) or (isinstance(known.dataset, IterableDataset) and not is_counted(known.dataset))):
+        workers = known.num_workers
+        if _iterates_as_torch(known):
+            takes_over = TakesOver(lambda _, __, workers: stream(workers))
+    mine = stream()
     if shard[1] == 1:
-        return Streamed(stream, _alone, seed=seed, ranks=1, per_rank=False, batch_samples=size, length=_length(loader))
-    return _beside(stream, world, shard, config, seed, None if size is None else size * shard[1])
+        return Streamed(
+            mine, _alone, name=name, seed=seed, shard=shard, per_rank=False, batch_samples=size, batch_size=size,
+            length=_length(loader), workers=workers, takes_over=takes_over,
+        )  # fmt: skip
+    together = None if size is None else size * shard[1]
+    return _beside(mine, world, shard, config, seed, name=name, together=together, workers=workers, takes_over=takes_over)
 
 
 def _beside(
-    stream: Stream, world: World | None, shard: tuple[int, int], config: DataLoaderConfiguration, seed: int, together: int | None
+    stream: Stream,
+    world: World | None,
+    shard: tuple[int, int],
+    config: DataLoaderConfiguration,
+    seed: int,
+    *,
+    name: str,
+    together: int | None,
+    workers: int = 0,
+    takes_over: TakesOver | None = None,
 ) -> Streamed:
     members = _members(world, shard, "A loader that each rank reads by itself")
     shards = members.gather_json(shard[0])
@@ -209,14 +158,55 @@ def _beside(
     def agree(numbers: list[int]) -> list[int]:
         return members.all_reduce(torch.tensor(numbers, dtype=torch.int64)).tolist()
 
-    def how(stream: Stream | None) -> Iterator[Micro]:
-        assert stream is not None
+    def how(stream: Readable | None) -> Iterator[Micro]:
+        assert isinstance(stream, Stream)
         return beside(stream, agree, ranks=members.size, counts_here=counts_here, drop=config.uneven == "drop")
 
-    return Streamed(stream, how, seed=seed, ranks=shard[1], per_rank=True, batch_samples=together, length=None)
+    return Streamed(
+        stream, how, name=name, seed=seed, shard=shard, per_rank=True, batch_samples=together, batch_size=stream.batch_size,
+        workers=workers, takes_over=takes_over,
+    )  # fmt: skip
 
 
-def _alone(stream: Stream | None) -> Iterator[Micro]:
+class _Given(NamedTuple):
+    """How one sequence of batches reaches all ranks, and whether this one reads it."""
+
+    how: Callable[[Readable | None], Iterator[Micro]]
+    reads: bool
+    prepare: Callable[[], Any] = bool
+    """Makes what the ranks talk over; all of them call it together. The first pass does it otherwise."""
+
+
+def _given(world: World | None, shard: tuple[int, int], config: DataLoaderConfiguration) -> _Given:
+    index, ranks = shard
+    if ranks == 1:
+        return _Given(_alone, True)
+    if config.dispatch_batches is False:
+
+        def keep(stream: Readable | None) -> Iterator[Micro]:
+            assert stream is not None
+            for group in groups(stream, ranks, split=config.split_batches):
+                yield _micro(group, index)
+
+        return _Given(keep, True)
+    members = _members(world, shard, "An iterable data set that cannot shard itself")
+
+    @functools.cache
+    def dispatch() -> Dispatch:
+        group = members.new_group(backend="gloo")
+        if group is None:
+            raise ConfigError("A loader of several ranks needs the World that they belong to; this one has no process group.")
+        return Dispatch(group, members.rank, members.gather_json(index))
+
+    def send(stream: Readable | None) -> Iterator[Micro]:
+        if stream is None:
+            return dispatch().receive()
+        return dispatch().send(groups(stream, ranks, split=config.split_batches))
+
+    return _Given(send, members.rank == 0, dispatch)
+
+
+def _alone(stream: Readable | None) -> Iterator[Micro]:
     assert stream is not None
     return alone(stream)
 
@@ -236,34 +226,33 @@ def _members(world: World | None, shard: tuple[int, int], what: str) -> World:
 
 
 def _stream(
-    loader: DataLoader[Any],
-    dataset: Any = None,
-    *,
-    config: DataLoaderConfiguration,
-    seed: int,
-    batch_size: int | None,
-    ranks: int = 1,
+    loader: DataLoader[Any], dataset: Any = None, *, config: DataLoaderConfiguration, seed: int, workers: int | None = None
 ) -> Stream:
-    """Read `loader`, over another `dataset` if one is given (a shard of its own)."""
-    if dataset is not None or loader.num_workers or (config.use_stateful_dataloader and not has_state(loader)):
-        loader = _rebuilt(loader, loader.dataset if dataset is None else dataset, stateful=config.use_stateful_dataloader)
-    stateful: Any = _counted(loader, ranks)
+    """Read `loader`, over another `dataset` (a shard of its own), or once only with so many `workers`, if they are given."""
+    asked = config.use_stateful_dataloader
+    if dataset is not None or workers is not None or loader.num_workers or (asked and not has_state(loader)):
+        loader = _rebuilt(loader, loader.dataset if dataset is None else dataset, stateful=asked, workers=workers)
+    stateful: Any = _counted(loader)
     if has_state(loader):
         stateful = loader
     elif loader.num_workers == 0 and has_state(loader.dataset):
         stateful = loader.dataset
     key = seed if config.seed_samples else None
-    return Stream(loader, stateful=stateful, seed=key, in_workers=loader.num_workers > 0, batch_size=batch_size)
+    return Stream(loader, stateful=stateful, seed=key, in_workers=loader.num_workers > 0, batch_size=loader.batch_size)
 
 
-def _counted(loader: Any, ranks: int) -> Counted | None:
+def _counted(loader: Any) -> Counted | None:
     dataset = getattr(loader, "dataset", None)
-    return Counted(dataset, ranks) if is_counted(dataset) else None
+    return Counted(dataset) if is_counted(dataset) else None
 
 
-def _rebuilt(loader: DataLoader[Any], dataset: Any, *, stateful: bool = False) -> DataLoader[Any]:
-    """The same loader over `dataset`, as a StatefulDataLoader if asked for; its workers know what to do about signals."""
-    workers = loader.num_workers
+def _rebuilt(loader: DataLoader[Any], dataset: Any, *, workers: int | None = None, stateful: bool = False) -> DataLoader[Any]:
+    """The same loader over `dataset`, as a StatefulDataLoader if asked for; its workers know what to do about signals.
+
+    With so many `workers`, if that is given; they end with the epoch.
+    """
+    had, persistent = loader.num_workers > 0, loader.persistent_workers and workers is None
+    workers = loader.num_workers if workers is None else workers
     arguments = {
         "dataset": dataset,
         "batch_size": loader.batch_size,
@@ -271,12 +260,12 @@ def _rebuilt(loader: DataLoader[Any], dataset: Any, *, stateful: bool = False) -
         "num_workers": workers,
         "collate_fn": loader.collate_fn,
         "pin_memory": loader.pin_memory,
-        "timeout": loader.timeout,
+        "timeout": loader.timeout if workers else 0,
         "worker_init_fn": WorkerStart(loader.worker_init_fn) if workers else None,
-        "multiprocessing_context": loader.multiprocessing_context,
+        "multiprocessing_context": loader.multiprocessing_context if workers else None,
         "generator": loader.generator,
-        "prefetch_factor": loader.prefetch_factor if workers else None,
-        "persistent_workers": loader.persistent_workers,
+        "prefetch_factor": loader.prefetch_factor if workers and had else None,
+        "persistent_workers": persistent,
         "in_order": loader.in_order,
     }
     if stateful or has_state(loader):

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,11 +26,18 @@ from .reading import signals_held_back, stop_workers
 from .sharding import parts
 from .state import from_json, to_json
 
-__all__ = ["Micro", "Stream", "alone", "beside", "count_samples", "cut", "groups"]
+__all__ = ["END", "Micro", "Readable", "Stream", "alone", "beside", "count_samples", "cut", "groups"]
 
-_END = object()
+END = object()
 _SNAPSHOT_EVERY = 16
 """Batches between two calls of the iterable's state_dict(), which costs 30 to 500 us: a resume drops at most so many."""
+
+
+class Readable(Protocol):
+    """What micro-batches are made of: a `Stream`, or several in turn (handover.py)."""
+
+    def read(self) -> Any: ...
+    def count(self, batch: Any) -> int: ...
 
 
 class Micro(NamedTuple):
@@ -80,7 +88,10 @@ class Stream:
         self.batch_size = batch_size
         self.batches = 0  # read so far in this epoch, dropped and looked ahead ones included
         self.samples = 0
-        self.consumed = 0  # batches that were handed out: the loader keeps it
+        self.consumed = 0  # batches that were handed out, and their samples
+        self.consumed_samples = 0
+        self.last: Any = END  # the batch before the one that a resumed pass goes on with
+        self._ahead: deque[int] = deque()  # samples of each batch that was read and not handed out
         self._key = 0
         self._iterator: Iterator[Any] | None = None
         self._spent: Any = None
@@ -96,7 +107,7 @@ class Stream:
             CheckpointError: the iterable ended before that position, or has no batch that ends there.
             DataError: an iterator that can be run through only once is run through again.
         """
-        self.batches = self.samples = self.consumed = 0
+        self.batches = self.samples = 0
         self._iterator = None
         self._snapshots = []
         self._key = mix(self.seed or 0, epoch)
@@ -116,8 +127,11 @@ class Stream:
         held_back = signals_held_back() if self.in_workers else contextlib.nullcontext()
         with held_back, self._isolated(), seeded(self._generator, mix(self._generator_seed, epoch)):
             self._iterator = self._new_iterator()
+        self.last = END
         while (batches is not None and self.batches < batches) or (samples is not None and self.samples < samples):
-            if self.read() is _END:
+            batch = self.read()
+            self.last = batch if batch is not END else self.last
+            if batch is END:
                 raise CheckpointError(
                     f"The position is {batches if batches is not None else samples} "
                     f"{'batches' if batches is not None else 'samples'} into "
@@ -125,7 +139,8 @@ class Stream:
                     "Expected the data "
                     "of the saved run. Give it the same data, or start a new run."
                 )
-        self.consumed = self.batches
+        self.consumed, self.consumed_samples = self.batches, self.samples
+        self._ahead.clear()
         if samples is not None and self.samples != samples:
             raise CheckpointError(
                 f"The position is {samples} samples into epoch {epoch}, and {_name(self.source)} has no batch that ends there. "
@@ -146,20 +161,26 @@ class Stream:
         return iterator
 
     def read(self) -> Any:
-        """Return the next batch, or `_END`."""
+        """Return the next batch, or `END`."""
         assert self._iterator is not None
-        if self.stateful is not None and self.batches % _SNAPSHOT_EVERY == 0:
-            older = [snapshot for snapshot in self._snapshots if snapshot.batches <= self.consumed]
+        if self.stateful is not None and self.batches % _SNAPSHOT_EVERY == 0 and not isinstance(self.stateful, Counted):
+            older = [snapshot for snapshot in self._snapshots if snapshot.batches < self.consumed]
             self._snapshots = older[-1:] + self._snapshots[len(older) :]
-            counted = isinstance(self.stateful, Counted)
-            state = self.stateful.state_after(self.samples) if counted else copy.deepcopy(self.stateful.state_dict())
-            self._snapshots.append(Snapshot(self.batches, self.samples, state))
+            self._snapshots.append(Snapshot(self.batches, self.samples, copy.deepcopy(self.stateful.state_dict())))
         with self._isolated():
-            batch = next(self._iterator, _END)
-        if batch is not _END:
+            batch = next(self._iterator, END)
+        if batch is not END:
+            count = self.count(batch)
             self.batches += 1
-            self.samples += self.count(batch)
+            self.samples += count
+            self._ahead.append(count)
         return batch
+
+    def hand_out(self, batches: int) -> None:
+        """Note that so many more batches have been given to the training: a position counts these."""
+        self.consumed += batches
+        for _ in range(batches):
+            self.consumed_samples += self._ahead.popleft()
 
     def count(self, batch: Any) -> int:
         """How many samples a batch of this stream has: see `count_samples`, which cannot know a list of loose samples."""
@@ -174,17 +195,24 @@ class Stream:
             stop_workers(self._iterator)
         self._iterator = None
 
-    def state(self) -> Any:
-        """The newest state of the iterable from which reading on leads to what was handed out; None without one."""
-        fitting = [snapshot for snapshot in self._snapshots if snapshot.batches <= self.consumed]
-        if not fitting:
-            return None
-        newest = fitting[-1]
-        return {
-            "batches": newest.batches,
-            "samples": newest.samples,
-            "state": to_json(newest.state, f"{_name(self.stateful)}.state"),
-        }
+    def part(self, position: int = 0) -> dict[str, Any]:
+        """Return what of this stream was handed out: "batches", "samples", and "own", the newest state of the iterable from
+        which reading on leads there, if it has one.
+
+        Args:
+            position: samples of all ranks, which is what a `Counted` is asked about.
+        """
+        found: dict[str, Any] = {"batches": self.consumed, "samples": self.consumed_samples}
+        if isinstance(self.stateful, Counted):
+            newest = Snapshot(self.consumed, self.consumed_samples, self.stateful.state_after(position))
+        else:
+            # From before the last batch, which is read again: where a rank has no more of its own, it is handed out to count 0.
+            fitting = [s for s in self._snapshots if s.batches < self.consumed] or self._snapshots[:1]
+            newest = fitting[-1] if fitting else None
+        if newest is not None:
+            state = to_json(newest.state, f"{_name(self.stateful)}.state")
+            found["own"] = {"batches": newest.batches, "samples": newest.samples, "state": state}
+        return found
 
     def _isolated(self) -> contextlib.AbstractContextManager[None]:
         if self.seed is None or (self.in_workers and self._iterator is not None):
@@ -192,13 +220,13 @@ class Stream:
         return isolated(mix(self._key, self.batches))
 
 
-def alone(stream: Stream) -> Iterator[Micro]:
+def alone(stream: Readable) -> Iterator[Micro]:
     """One process: every batch, and whether it is the last."""
     batch = stream.read()
-    while batch is not _END:
+    while batch is not END:
         following = stream.read()
         count = stream.count(batch)
-        yield Micro(batch, count, count, following is _END, 1)
+        yield Micro(batch, count, count, following is END, 1)
         batch = following
 
 
@@ -214,13 +242,13 @@ def beside(
     Raises:
         DataError: on every rank, when some rank has no batch at all and others have.
     """
-    held: Any = _END
+    held = stream.last
     batch = stream.read()
     while True:
-        following = _END if batch is _END else stream.read()
-        here = batch is not _END
+        following = END if batch is END else stream.read()
+        here = batch is not END
         count = stream.count(batch) if here else 0
-        total, living, going_on, empty = agree([count * counts_here, here, following is not _END, held is _END and not here])
+        total, living, going_on, empty = agree([count * counts_here, here, following is not END, held is END and not here])
         if living == 0 or (drop and living < ranks):
             return
         if empty:
@@ -246,26 +274,26 @@ class Group(NamedTuple):
     batches: int
 
 
-def groups(stream: Stream, ranks: int, *, split: bool) -> Iterator[Group]:
+def groups(stream: Readable, ranks: int, *, split: bool) -> Iterator[Group]:
     """The micro-batches of one iterable for all ranks: W batches each, or (split) one batch in W parts.
 
     At the end a rank without a batch gets the first sample of the first rank's, to count for nothing.
     """
     batch = stream.read()
-    while batch is not _END:
+    while batch is not END:
         if split:
             held, used = cut(batch, parts(stream.count(batch), ranks)), 1
             batch = stream.read()
         else:
             held = []
-            while batch is not _END and len(held) < ranks:
+            while batch is not END and len(held) < ranks:
                 held.append((batch, stream.count(batch)))
                 batch = stream.read()
             used = len(held)
             if used < ranks:
                 first, count = held[0]
                 held += [(_slice(first, count, 0, 1, []), 0)] * (ranks - used)
-        yield Group(held, batch is _END, used)
+        yield Group(held, batch is END, used)
 
 
 def cut(batch: Any, counts: list[int]) -> list[tuple[Any, int]]:

@@ -402,29 +402,6 @@ def test_a_rank_without_any_batch_is_an_error_on_all(ranks: Any) -> None:
     assert other.startswith("1 of 2 ranks have no batch at all, this one among them")
 
 
-def test_a_position_of_the_ranks_own_iterables_goes_on_on_as_many_ranks_only(ranks: Any) -> None:
-    def begin(world: World) -> dict[str, Any]:
-        loader = prepare(DataLoader(Shardable(16), batch_size=2), world)
-        for number, _ in enumerate(loader, start=1):
-            if number == 2:
-                break
-        assert loader.per_rank
-        return loader.state_dict()
-
-    states = two(ranks, begin)
-
-    def go_on(world: World) -> Any:
-        loader = prepare(DataLoader(Shardable(16), batch_size=2), world)
-        try:
-            loader.load_state_dict(states[min(world.rank, 1)])
-        except CheckpointError as error:
-            return str(error)
-        return real(loader)
-
-    assert two(ranks, go_on) == [[[8, 10], [12, 14]], [[9, 11], [13, 15]]]
-    assert all("had 2 ranks, each with its own batches, and this one has 3" in said for said in two(ranks, go_on, 3))
-
-
 def test_an_iterable_for_several_ranks_needs_their_world() -> None:
     with pytest.raises(ConfigError, match="Expected the World"):
         prepare_loader(DataLoader(Stream(3)), shard=(0, 2))
