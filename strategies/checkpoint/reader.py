@@ -12,7 +12,8 @@ links, sizes are compared before memory is taken, each chunk's crc32 before its 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +210,9 @@ class Checkpoint:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_closed"):
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # At the interpreter's end what `close` calls may be gone already; the system closes files too.
+        if hasattr(self, "_closed") and not ending():
             self.close()
 
     # -- inside -------------------------------------------------------------------------------------------------------

@@ -193,3 +193,18 @@ def test_loading_takes_no_second_copy_of_the_state(tmp_path: Path) -> None:
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["state"] > 288
     assert found["extra"] <= 4 + 64
+
+
+LEFT_OPEN = """
+import sys, torch
+from drivetrain.strategies.checkpoint import CheckpointStore
+store = CheckpointStore(sys.argv[1])
+store.save(1, {"w": torch.ones(3)}, {})
+checkpoint = store.open(1)
+print(checkpoint.tensor("w").sum().item())
+"""
+
+
+def test_a_checkpoint_that_is_left_open_says_nothing_at_the_end(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", LEFT_OPEN, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "3.0\n", "")
