@@ -22,6 +22,7 @@ from .errors import ConfigError
 # Every variable of ours, with what it does. `drivetrain env` prints this table; the agent sets the last four itself.
 VARIABLES = {
     "DRIVETRAIN_TRACEBACK": "1: show the whole traceback of errors that are normally one paragraph",
+    "DRIVETRAIN_NODE_TIMEOUT": "several nodes: seconds after which a machine that does not answer is lost (60; 0: never)",
     "DRIVETRAIN_LISTEN_FD": "set by the agent for rank 0: the listening loopback socket of the store",
     "DRIVETRAIN_ERROR_FILE": "set by the agent for each rank: where a failing rank writes its error",
     "DRIVETRAIN_AGENT_PID": "set by the agent for each rank: the process that started it",
@@ -121,6 +122,24 @@ def debug_tracebacks(environ: Mapping[str, str] | None = None) -> bool:
     """Did the user ask for whole tracebacks (DRIVETRAIN_TRACEBACK=1)?"""
     env = os.environ if environ is None else environ
     return env.get("DRIVETRAIN_TRACEBACK", "0") not in ("", "0")
+
+
+def node_timeout_s(environ: Mapping[str, str] | None = None) -> float:
+    """Return after how many seconds without an answer another machine counts as lost; 0: never (node_watch.py).
+
+    Raises:
+        ConfigError: DRIVETRAIN_NODE_TIMEOUT is neither 0 nor a number of seconds from 4 on.
+    """
+    env = os.environ if environ is None else environ
+    seconds = _integer(env, "DRIVETRAIN_NODE_TIMEOUT", default=60, low=0)
+    if 0 < seconds < 4:
+        raise ConfigError(f"DRIVETRAIN_NODE_TIMEOUT={seconds}: expected 0 (never), or at least 4 seconds.")
+    return float(seconds)
+
+
+def gloo_interface(environ: Mapping[str, str] | None = None) -> str | None:
+    """Return the interface that the user named for gloo (GLOO_SOCKET_IFNAME); None when none was."""
+    return (os.environ if environ is None else environ).get("GLOO_SOCKET_IFNAME") or None
 
 
 def is_loopback(address: str) -> bool:

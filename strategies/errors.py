@@ -58,7 +58,13 @@ class CheckpointError(DrivetrainError, RuntimeError):
 
 
 class DistributedError(DrivetrainError, RuntimeError):
-    """Ranks disagree, do not answer, or could not start."""
+    """Ranks disagree, do not answer, or could not start.
+
+    Attributes:
+        met_elsewhere: this rank only heard of it: another one failed, whose error is the cause.
+    """
+
+    met_elsewhere = False
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -4,7 +4,8 @@
                    the default group for compute (gloo on CPU, nccl on CUDA), and a gloo group for control
 Alone (no launcher) there is no group at all, and every collective is the identity.
 On one node everything listens on loopback only: torch's TCPStore and gloo would bind to every interface, and neither knows
-whom it talks to. Read `World.start` first.   Source: torch.distributed, https://pytorch.org/docs/stable/distributed.html
+whom it talks to. With several nodes gloo is told the interface that leads to the others (interfaces.py), and a machine that does
+not answer any more ends the run (node_watch.py). Read `World.start` first.   Source: torch.distributed, https://pytorch.org/docs/stable/distributed.html
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import contextlib
 import ctypes
 import os
 import socket
-import stat
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,13 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from . import collectives
 from .control import Control
 from .devices.base import DeviceChoice, choose_device, select_device
-from .environment import LOOPBACK, RankEnvironment, is_loopback, read_environment
+from .environment import RankEnvironment, gloo_interface, node_timeout_s, read_environment
 from .errors import DistributedError, unknown_name
+from .interfaces import choose_interface
+from .meeting import meet
+from .node_watch import NodeWatch
 
 if TYPE_CHECKING:
     from .mesh import Mesh, ParallelPlan
@@ -39,10 +41,6 @@ _START_TIMEOUT_S = 300.0
 
 # Worlds with groups, stopped at the end of the process.
 _running: weakref.WeakSet[World] = weakref.WeakSet()
-
-# One store per meeting point and process: the port stays taken while other ranks may still look things up, and a second
-# World in the same process (a second Trainer) meets there again under the next number. Keyed by process: forks start anew.
-_stores: dict[tuple[int, str, int], tuple[Store, int]] = {}
 
 
 class World:
@@ -74,6 +72,7 @@ class World:
         self._control_group: dist.ProcessGroup | None = None
         self._owns_default_group = False
         self._at_stop: list[Callable[[], None]] = []
+        self._node_watch: NodeWatch | None = None
         self._started = True
 
     @classmethod
@@ -99,10 +98,12 @@ class World:
         if env.size == 1 and not (joined or need_group):
             return cls(env, choice, None)
         timeout = timedelta(seconds=timeout_s)
+        node_watch = None
         with listening_on_loopback(env.one_node):
             if not joined:
-                _start_default_group(env, choice, timeout)
+                node_watch = _start_default_group(env, choice, timeout)
             world = cls(env, choice, dist.group.WORLD)
+            world._node_watch = node_watch
             world._owns_default_group = not joined
             world.backend = dist.get_backend()
             if choice.device.type != "cpu" and not joined:
@@ -218,6 +219,11 @@ class World:
         """Let `action` run when the world stops, before its groups go."""
         self._at_stop.append(action)
 
+    def when_lost(self, action: Callable[[DistributedError], Any]) -> None:
+        """Let `action`, called in another thread, end this process when a node is lost; by default it is said, and exit 1."""
+        if self._node_watch is not None:
+            self._node_watch.on_lost = action
+
     def stop(self) -> None:
         """Destroy the groups that `start` made; waits for no other rank, but for a save under way. A second call does nothing."""
         if not self._started:
@@ -228,6 +234,8 @@ class World:
             action()
         self._at_stop.clear()
         self.control.stop()
+        if self._node_watch is not None:
+            self._node_watch.stop()
         if self._owns_default_group and dist.is_initialized():
             dist.destroy_process_group()
         elif self._control_group is not None and dist.is_initialized():
@@ -297,84 +305,24 @@ def _environment_of_default_group(env: RankEnvironment) -> RankEnvironment:
     return RankEnvironment(rank=rank, size=size, local_rank=rank, local_size=size, launcher="process group")
 
 
-def _start_default_group(env: RankEnvironment, choice: DeviceChoice, timeout: timedelta) -> None:
-    store = _meet(env, min(timeout.total_seconds(), _START_TIMEOUT_S))
+def _start_default_group(env: RankEnvironment, choice: DeviceChoice, timeout: timedelta) -> NodeWatch | None:
+    wait_s = min(timeout.total_seconds(), _START_TIMEOUT_S)
+    address = "" if env.one_node else _use_interface(env)
+    store, places = meet(env, wait_s)
+    watch = None
+    if not env.one_node and address and node_timeout_s():
+        watch = NodeWatch.start(env.rank, places, store, address, node_timeout_s(), wait_s)
     # CPU tensors must travel also where the device's own backend takes none.
     backend = "gloo" if choice.backend == "gloo" else f"cpu:gloo,{choice.device.type}:{choice.backend}"
     dist.init_process_group(backend, store=store, rank=env.rank, world_size=env.size, timeout=timeout)
+    return watch
 
 
-def _meet(env: RankEnvironment, timeout_s: float) -> Store:
-    """Return a store in which all ranks have arrived, under a prefix of its own.
-
-    Raises:
-        DistributedError: naming the ranks that did not come in time.
-    """
-    if env.size == 1:
-        return HashStore()
-    key = (os.getpid(), env.address, env.port)
-    store, generation = _stores.get(key) or (_open_store(env, timeout_s), 0)
-    _stores[key] = (store, generation + 1)
-    prefixed = PrefixStore(f"drivetrain/{env.restart}/{generation}", store)
-    names = [f"arrived/{rank}" for rank in range(env.size)]
-    try:
-        prefixed.set(names[env.rank], "1")
-        prefixed.wait(names, timedelta(seconds=timeout_s))
-    except RuntimeError as error:  # DistStoreError is one
-        raise DistributedError(
-            f"[rank {env.rank}/{env.size}] met {_missing(prefixed, names)} at {env.address}:{env.port} within "
-            f"{timeout_s:.0f} s. Expected all {env.size}. See why they did not start, or died before."
-        ) from error
-    return prefixed
-
-
-def _missing(store: Store, names: list[str]) -> str:
-    try:
-        missing = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
-    except RuntimeError:
-        return "the other ranks no more: the store of rank 0 is gone"
-    return f"no rank {', '.join(missing)}"
-
-
-def _open_store(env: RankEnvironment, timeout_s: float) -> Store:
-    timeout = timedelta(seconds=timeout_s)
-    hosts_here = env.rank == 0 and not env.agent_store
-    # On one node the ranks' own store listens on loopback, whatever name the machine goes by.
-    address = LOOPBACK if env.one_node and not env.agent_store else env.address
-    try:
-        if hosts_here and env.one_node:
-            listener = _listener(env)
-            return TCPStore(
-                address, env.port, env.size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
-            )
-        return TCPStore(address, env.port, env.size, hosts_here, timeout, wait_for_workers=False)
-    except (RuntimeError, OSError) as error:
-        doing = "listen on" if hosts_here else "reach"
-        what = "MASTER_PORT may be taken: choose another" if hosts_here else (
-            "MASTER_ADDR or MASTER_PORT may be wrong, or rank 0 did not start")  # fmt: skip
-        raise DistributedError(
-            f"[rank {env.rank}/{env.size}] could not {doing} {address}:{env.port}, where the ranks meet: "
-            f"{str(error).splitlines()[0]}. {what}."
-        ) from error
-
-
-def _listener(env: RankEnvironment) -> socket.socket:
-    """Return the listening loopback socket of the store: the one that our agent passed down, or a new one."""
-    fd = env.listen_fd
-    if fd is not None:
-        with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(fd).st_mode):
-                # A duplicate, so that a second store of this process could use it again.
-                passed = socket.socket(fileno=os.dup(fd))
-                if is_loopback(passed.getsockname()[0]) and passed.getsockname()[1] == env.port:
-                    return passed
-                passed.close()
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((LOOPBACK, env.port))
-        listener.listen(max(64, env.size))
-    except OSError:
-        listener.close()
-        raise
-    return listener
+def _use_interface(env: RankEnvironment) -> str:
+    """Name the interface towards the other nodes to gloo, for all groups from now on; return this machine's address there."""
+    named = gloo_interface()
+    found = choose_interface(env.address, env.port, named)
+    if found.name and named is None:
+        # Left there: groups that somebody makes later need it too.
+        os.environ["GLOO_SOCKET_IFNAME"] = found.name
+    return found.address

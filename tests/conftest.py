@@ -44,6 +44,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+sys.path.insert(0, str(Path(__file__).parent))
+from nodes import nodes as nodes  # the fixture: several hosts in network namespaces
+
 torch.set_num_threads(1)
 
 T = TypeVar("T")

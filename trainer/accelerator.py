@@ -19,6 +19,7 @@ No state of ours is global: several may live side by side.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ from .accumulation import Window
 from .data.config import DataLoaderConfiguration
 from .deepspeed_plugins import HasPlugins, read_plugins
 from .gathering import Gathering
-from .launch.report import install_excepthook
+from .launch.report import install_excepthook, report
 from .optimizers import PreparedOptimizer, PreparedScheduler
 from .pipeline import Pipelines
 from .preparing import Preparing
@@ -122,6 +123,7 @@ class Accelerator(HasPlugins, Preparing, Stepping, ProcessControl, Gathering, Sa
             if chosen is not None and chosen.reason and world.is_main:
                 print(f"precision {chosen.name}: {chosen.reason}", flush=True)
         self.world = world
+        world.when_lost(lambda error: os._exit(report(error)))
         if handled is not None:
             handled.check_backend(world.backend)
             self.profile_options = handled.profile

@@ -5,6 +5,8 @@
     the agent dies, even by SIGKILL -> the kernel kills the ranks
 Rank 0 writes to the screen, the others into files, which are shown only when something failed. Every rank is the head of a
 process group of its own: a Ctrl-C of the terminal reaches only the agent, and a rank is killed together with its workers.
+With several nodes an agent runs on each (`Nodes`); the ranks meet at the first node's address, and it is they who notice when
+another node fails or is lost (strategies/node_watch.py): each agent only ends its own ranks.
 Why not torch's elastic agent: it replaces the workers' exit codes, listens on every interface, and takes 3 to 5 s to end.
 Read `supervise` first. Imports no torch.
 """
@@ -59,6 +61,7 @@ class Rank:
     log_file: Path | None
     code: int | None = None
     ended: float = 0.0  # time.time(), comparable with ErrorReport.time
+    size: int = 0  # of all nodes together; 0: as many as there are here
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,40 @@ class Ended:
     failure: ErrorReport | None = None
     stopped_by: str = ""  # the signal that was handed on
     alike: bool = False  # all ranks failed with the same words
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Where this node stands among those that run the same command: `drivetrain run --nnodes 2 --node-rank 1 ...`."""
+
+    count: int = 1
+    rank: int = 0
+    address: str = LOOPBACK  # of node 0
+    port: int = 0  # 0, with one node: a free one
+
+    def check(self) -> None:
+        """Refuse what makes no sense.
+
+        Raises:
+            ConfigError: see there.
+        """
+        if self.count < 1:
+            raise ConfigError(f"--nnodes {self.count}: expected 1 or more machines.")
+        if self.count == 1:
+            return
+        if not self.address:
+            raise ConfigError(
+                f"--nnodes {self.count} needs --master-addr, the address of node 0 as the other machines reach it: the ranks "
+                "meet there. Give the same one on every machine."
+            )
+        if not 0 <= self.rank < self.count:
+            met = "needs --node-rank" if self.rank < 0 else f"--node-rank {self.rank}"
+            raise ConfigError(
+                f"--nnodes {self.count} {met}: expected a number from 0 to {self.count - 1}, another one on each machine; 0 on "
+                "the one with --master-addr."
+            )
+        if not 0 < self.port < 65536:
+            raise ConfigError(f"--master-port {self.port}: expected a port from 1 to 65535 that is free on node 0.")
 
 
 @dataclass
@@ -89,10 +126,12 @@ def run_command(
     python: Sequence[str] = (),
     logs: Path | None = None,
     environ: Mapping[str, str] | None = None,
+    nodes: Nodes = Nodes(),
 ) -> int:
     """Run `script.py args...` or `-m module args...` on `ranks` processes of this machine; return the exit code.
 
     Args:
+        nodes: where they stand when other machines run the same, with as many ranks each.
         python: options of the interpreter, such as `-X dev`.
         logs: folder for the output of ranks above 0; by default a temporary one, kept only when a rank failed.
     """
@@ -102,13 +141,14 @@ def run_command(
     started: list[Rank] = []
     try:
         with forwarding_signals() as signals:
-            with listening_socket() as listener:
+            # With several nodes rank 0 itself listens, at an address that others reach.
+            with listening_socket() if nodes.count == 1 else contextlib.nullcontext() as listener:
                 for rank in range(ranks):
-                    started.append(_spawn(command, python, rank, ranks, listener, folder, logs, environ or os.environ))
+                    started.append(_spawn(command, python, rank, ranks, nodes, listener, folder, logs, environ or os.environ))
             ended = supervise(started, signals=signals)
         if ended.code:
             kill_all(started)  # DataLoader workers of ranks that were killed
-        return _tell(ended, started, folder, keep=logs is None)
+        return _tell(ended, started, folder, keep=logs is None, size=ranks * nodes.count)
     except BaseException:
         kill_all(started)
         raise
@@ -160,15 +200,22 @@ def supervise(ranks: list[Rank], *, signals: Signals | None = None, drain: Calla
         time.sleep(_POLL_S)
 
 
-def rank_variables(rank: int, size: int, port: int, error_file: Path, log_file: Path | None) -> dict[str, str]:
+def rank_variables(
+    local_rank: int,
+    local_size: int,
+    port: int,
+    error_file: Path,
+    log_file: Path | None,
+    nodes: Nodes = Nodes(),
+) -> dict[str, str]:
     """Return the environment of one rank on this machine: torchrun's variables and ours."""
     variables = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": LOOPBACK,
+        "RANK": str(nodes.rank * local_size + local_rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(nodes.count * local_size),
+        "LOCAL_WORLD_SIZE": str(local_size),
+        "GROUP_RANK": str(nodes.rank),
+        "MASTER_ADDR": nodes.address,
         "MASTER_PORT": str(port),
         "DRIVETRAIN_AGENT_PID": str(os.getpid()),
         "DRIVETRAIN_ERROR_FILE": str(error_file),
@@ -234,24 +281,29 @@ def kill_all(ranks: Sequence[Rank]) -> None:
 def _spawn(
     command: Sequence[str],
     python: Sequence[str],
-    rank: int,
-    size: int,
-    listener: socket.socket,
+    local_rank: int,
+    local_size: int,
+    nodes: Nodes,
+    listener: socket.socket | None,
     folder: Path,
     logs: Path | None,
     environ: Mapping[str, str],
 ) -> Rank:
+    rank = nodes.rank * local_size + local_rank
     error_file = folder / f"error{rank}.json"
-    log_file = (logs or folder) / f"rank{rank}.log" if rank else None
-    variables = {**environ, **rank_variables(rank, size, listener.getsockname()[1], error_file, log_file)}
-    variables.setdefault("OMP_NUM_THREADS", str(threads_per_rank(size)))
+    log_file = (logs or folder) / f"rank{rank}.log" if local_rank else None
+    port = nodes.port if listener is None else listener.getsockname()[1]
+    # What a launcher above this one (torchrun, an MPI) said of its own ranks is not about ours.
+    inherited = {name: value for name, value in environ.items() if not name.startswith("TORCHELASTIC_")}
+    variables = {**inherited, **rank_variables(local_rank, local_size, port, error_file, log_file, nodes)}
+    variables.setdefault("OMP_NUM_THREADS", str(threads_per_rank(local_size)))
     passed: tuple[int, ...] = ()
-    if rank == 0:
+    if listener is not None and local_rank == 0:
         # The same number in the child: pass_fds keeps it.
         passed = (listener.fileno(),)
         variables["DRIVETRAIN_LISTEN_FD"] = str(listener.fileno())
     # A rank that reads from the terminal in a process group of its own would be stopped by the kernel.
-    reads = rank == 0 and not _is_terminal(sys.stdin)
+    reads = local_rank == 0 and not _is_terminal(sys.stdin)
     output = open(log_file, "ab") if log_file is not None else None  # noqa: SIM115
     try:
         process = subprocess.Popen(
@@ -266,7 +318,7 @@ def _spawn(
     finally:
         if output is not None:
             output.close()
-    return Rank(rank, process, error_file, log_file)
+    return Rank(rank, process, error_file, log_file, size=nodes.count * local_size)
 
 
 def _collect(ranks: list[Rank]) -> list[Rank]:
@@ -296,14 +348,19 @@ def _verdict(ranks: list[Rank], stopped_by: int, killed: bool) -> Ended:
         if not _has_failed(rank, stopped_by):
             continue
         told = read_report(rank.error_file) or ErrorReport(
-            rank.rank, len(ranks), _last_words(rank, len(ranks)), _shell_code(rank), rank.ended, _was_ended_by_us(rank, ranks)
+            rank.rank,
+            rank.size or len(ranks),
+            _last_words(rank, rank.size or len(ranks)),
+            _shell_code(rank),
+            rank.ended,
+            _was_ended_by_us(rank, ranks),
         )
         failures.append(told)
     if failures:
         first = min(failures, key=lambda told: (told.consequence, told.time))
-        alike = len({told.text.replace(f"[rank {told.rank}/", "[rank ?/") for told in failures}) == 1 and len(failures) == len(
-            ranks
-        )
+        words = {told.text.replace(f"[rank {told.rank}/", "[rank ?/") for told in failures}
+        # By their own ranks: two that name one on another node heard of the same error.
+        alike = len(words) == 1 and len(failures) == len(ranks) == len({told.rank for told in failures})
         return Ended(first.exit_code or FAILED, failures[0] if alike else first, by, alike)
     # Nobody failed: the code of those that left on purpose; SIGTERM's wins over "start me again".
     codes = [_shell_code(rank) for rank in ranks]
@@ -344,7 +401,7 @@ def tail(log_file: Path | None) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _tell(ended: Ended, ranks: list[Rank], folder: Path, *, keep: bool) -> int:
+def _tell(ended: Ended, ranks: list[Rank], folder: Path, *, keep: bool, size: int) -> int:
     """Show the first failure, last on the screen and once; keep the other ranks' output when there is any."""
     if ended.failure is None:
         if ended.stopped_by and ended.code not in (DONE, AGAIN):
@@ -357,8 +414,9 @@ def _tell(ended: Ended, ranks: list[Rank], folder: Path, *, keep: bool) -> int:
             (folder / "kept").touch()
         _say(f"Output of the other ranks: {' '.join(str(log) for log in logs)}")
     if len(ranks) > 1:
-        first = f"All {len(ranks)} ranks" if ended.alike else f"Rank {ended.failure.rank}"
-        _say(f"{first} failed{':' if ended.alike else f' first, and all {len(ranks)} were stopped:'}")
+        here = "" if size == len(ranks) else " of this node"
+        first = f"All {len(ranks)} ranks{here}" if ended.alike else f"Rank {ended.failure.rank}"
+        _say(f"{first} failed{':' if ended.alike else f' first, and all {len(ranks)}{here} were stopped:'}")
     _say(ended.failure.text)
     return ended.code
 

@@ -80,6 +80,8 @@ def exit_code(error: BaseException | None) -> int:
 
 def is_consequence(error: BaseException) -> bool:
     """Did this rank fail only because another one had gone?"""
+    if getattr(error, "met_elsewhere", False):
+        return True
     seen: BaseException | None = error
     while seen is not None:
         if _CONSEQUENCE.search(str(seen)):
@@ -115,14 +117,28 @@ def report(error: BaseException) -> int:
         return code
     prefix, rank, size = _who()
     text = f"{prefix}{error.code}" if isinstance(error, SystemExit) else describe(error, prefix=prefix)
+    consequence = is_consequence(error)
+    # Where ranks on several nodes talk to each other: then the error of another one is known here, in its own words.
+    node_watch = sys.modules.get("drivetrain.strategies.node_watch")
+    cause = node_watch.news_of_all() if node_watch is not None and consequence else None
+    if cause is not None and cause.rank != rank:
+        code = cause.exit_code
+    elif node_watch is not None and not consequence and code not in (AGAIN, INTERRUPTED, TERMINATED):
+        node_watch.tell_all(text, code)
     path = os.environ.get("DRIVETRAIN_ERROR_FILE")
     if path:
-        told = ErrorReport(rank, size, text, code, time.time(), is_consequence(error))
+        told = ErrorReport(rank, size, text, code, time.time(), consequence)
+        if cause is not None:
+            told = ErrorReport(cause.rank, size, cause.text, code, time.time(), False)
         try:
             write_report(Path(path), told)
         except OSError:
             _say(text)
         return code
+    if prefix and consequence:
+        lines = [line for line in (str(error) if cause is None else cause.text).splitlines() if line]
+        who = "another rank had gone" if cause is None else f"rank {cause.rank} had failed"
+        text = f"{prefix}stopped because {who}: {lines[-1] if lines else type(error).__name__}"
     elastic = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if elastic and "TORCHELASTIC_RUN_ID" in os.environ:
         # Its summary calls the earliest the root cause, in whole seconds and the lowest rank first where they are equal.
@@ -130,9 +146,6 @@ def report(error: BaseException) -> int:
         message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(timestamp)}}
         with contextlib.suppress(OSError):
             Path(elastic).write_text(json.dumps({"message": message}))
-    if prefix and is_consequence(error):
-        lines = [line for line in str(error).splitlines() if line]
-        text = f"{prefix}stopped because another rank had gone: {lines[-1] if lines else type(error).__name__}"
     _say(text)
     return code
 

@@ -52,8 +52,8 @@ def ensure_ranks(devices: int | None, num_nodes: int = 1) -> None:
     if num_nodes != 1:
         raise ConfigError(
             f"num_nodes={num_nodes}, but no launcher started this process: each of the machines must start its own. Run "
-            f"`torchrun --nnodes {num_nodes} --nproc-per-node {devices or 1} --rdzv-endpoint FIRST_HOST:29400 "
-            f"{_script_name()}` on every node, or use srun."
+            f"`drivetrain run --nnodes {num_nodes} --node-rank K --master-addr FIRST_HOST -n {devices or 1} {_script_name()}` on "
+            "every node, with K from 0, or use torchrun or srun."
         )
     if devices is None or devices == 1:
         return

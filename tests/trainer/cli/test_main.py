@@ -16,7 +16,10 @@ from drivetrain.trainer.cli import env, run
 from drivetrain.trainer.cli.main import COMMANDS, main
 
 OPTIONS = {
-    "run": ["--devices", "--dry-run", "--help", "--logs", "--module", "-h", "-m", "-n"],
+    "run": [
+        *("--devices", "--dry-run", "--help", "--logs", "--master-addr", "--master-port", "--module", "--nnodes", "--node-rank"),
+        *("-h", "-m", "-n"),
+    ],
     "env": ["--help", "--json", "-h"],
 }
 
@@ -64,6 +67,14 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         (["run", "-n"], "drivetrain: drivetrain run: argument -n/--devices: expected one argument."),
         (["run", "-n", "two", "x.py"], "drivetrain: -n 'two': expected a number of processes, or 'auto'."),
         (["run", "-n", "0", "x.py"], "drivetrain: 0 processes were asked for: expected 1 or more"),
+        (["run", "--nnodes", "2", "x.py"], "drivetrain: --nnodes 2 needs --master-addr, the address of node 0"),
+        (["run", "--nnodes", "2", "--master-addr", "a", "x.py"], "drivetrain: --nnodes 2 needs --node-rank: expected a number"),
+        (["run", "--nnodes=2", "--master-addr=a", "--node-rank=2", "x.py"], "drivetrain: --nnodes 2 --node-rank 2: expected"),
+        (["run", "--nnodes=2", "--master-addr=a", "--node-rank=0", "--master-port=0", "x.py"], "drivetrain: --master-port 0"),
+        (["run", "--nnodes", "two", "x.py"], "drivetrain: --nnodes 'two': expected a whole number."),
+        (["run", "--nnodes", "0", "x.py"], "drivetrain: --nnodes 0: expected 1 or more machines."),
+        (["run", "--node-rank", "1", "x.py"], "drivetrain: --node-rank 1 without --nnodes"),
+        (["run", "--master-addr", "a", "x.py"], "drivetrain: --master-addr without --nnodes"),
         (["run", "-n", "1", "no_such_script.py"], "drivetrain: There is no script 'no_such_script.py'"),
         (["run", "-n", "1", "-m", "no_such_module"], "drivetrain: No module named 'no_such_module'"),
     ],
@@ -102,6 +113,13 @@ def test_our_options_end_where_the_script_begins(argv: list[str], own: list[str]
 def test_dry_run_prints_the_torchrun_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "-n", "2", "--dry-run", "my train.py", "--lr", "0.1"]) == 0
     assert capsys.readouterr().out == "torchrun --nnodes 1 --nproc-per-node 2 --standalone 'my train.py' --lr 0.1\n"
+
+
+def test_dry_run_of_several_machines_is_the_torchrun_line_of_this_one(capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = ["--nnodes", "3", "--node-rank", "1", "--master-addr", "first"]
+    assert main(["run", *nodes, "-n", "2", "--dry-run", "train.py"]) == 0
+    expected = "--nnodes 3 --nproc-per-node 2 --node-rank 1 --master-addr first --master-port 29500 train.py"
+    assert capsys.readouterr().out == f"torchrun {expected}\n"
 
 
 def test_auto_on_a_machine_without_accelerator_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

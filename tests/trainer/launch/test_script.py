@@ -131,7 +131,7 @@ def test_no_processes_at_all_is_refused(devices: int) -> None:
 
 
 def test_several_nodes_need_a_launcher() -> None:
-    with pytest.raises(ConfigError, match=r"num_nodes=2, but no launcher.*torchrun --nnodes 2 --nproc-per-node 4"):
+    with pytest.raises(ConfigError, match=r"num_nodes=2, but no launcher.*drivetrain run --nnodes 2 .* -n 4"):
         ensure_ranks(4, num_nodes=2)
 
 
