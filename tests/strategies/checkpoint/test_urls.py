@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from drivetrain.strategies.checkpoint import Checkpoint, CheckpointStore, Keep
-from drivetrain.strategies.checkpoint.urls import UrlPath, path_of
+from drivetrain.strategies.checkpoint.urls import UrlPath, UrlSink, path_of
 from drivetrain.strategies.errors import CheckpointError, ConfigError, MissingDependency
 
 fsspec = pytest.importorskip("fsspec", reason="waits for fsspec")
@@ -68,8 +69,10 @@ def test_the_same_bytes_lie_behind_a_url_and_on_a_disk(url: str, tmp_path: Path)
 def test_the_manifest_is_put_last_and_only_whole(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
     put = UrlPath.write_bytes
+    store = CheckpointStore(url)
+    store.claim()
     monkeypatch.setattr(UrlPath, "write_bytes", lambda self, data: (seen.append(files_of(self.parent)), put(self, data))[1])
-    info = save(CheckpointStore(url), 1)
+    info = save(store, 1)
     assert seen == [[name for name in files_of(info.path) if name != "manifest.json"]]
 
 
@@ -211,3 +214,74 @@ def test_ranks_that_do_not_see_one_place_are_told(ranks: Any) -> None:
     """Memory is each process' own: rank 0 misses what rank 1 wrote."""
     found = ranks(2, _two_ranks_save, "memory://apart")
     assert all("All ranks must see one folder" in told[0] for told in found)
+
+
+def owner_of(store: CheckpointStore) -> Any:
+    return json.loads((store.root / ".owner.json").read_bytes())
+
+
+def taken_by_another(store: CheckpointStore, **told: Any) -> None:
+    (store.root / ".owner.json").write_bytes(json.dumps(owner_of(store) | {"word": "another"} | told).encode())
+
+
+def began(process: int) -> str:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+def test_a_run_whose_folder_another_one_took_is_refused_before_it_writes(url: str) -> None:
+    """The other one is on another machine: a job that was started again while the first still hung."""
+    store = CheckpointStore(url)
+    store.claim()
+    save(store, 1)
+    taken_by_another(store, host="node7", process=12)
+    before = files_of(store.root)
+    with pytest.raises(
+        CheckpointError, match=r"belongs to process 12 on node7 .since .* end one of them, or give it another name"
+    ):
+        save(store, 2)
+    with pytest.raises(CheckpointError, match="belongs to process 12 on node7"):
+        save(CheckpointStore(url), 2)  # another store of this process is no way around
+    assert files_of(store.root) == before
+    store.claim()  # asked for by name, it is ours again
+    save(store, 3)
+    assert owner_of(store)["process"] == os.getpid()
+
+
+def test_a_run_that_loses_its_folder_within_a_save_does_not_commit(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(url)
+    save(store, 1)
+    write = UrlSink.finish
+
+    def takes(self: Any) -> None:
+        write(self)
+        taken_by_another(store, host="node7")
+
+    monkeypatch.setattr(UrlSink, "finish", takes)
+    with pytest.raises(CheckpointError, match="on node7"):
+        save(store, 2)
+    assert [info.step for info in store.list()] == [1]
+
+
+def test_a_process_of_this_machine_keeps_its_folder_as_long_as_it_lives(url: str) -> None:
+    store = CheckpointStore(url)
+    save(store, 1)
+    parent = os.getppid()
+    taken_by_another(store, process=parent, began=began(parent))
+    with pytest.raises(
+        CheckpointError, match=f"process {parent} on .* is saving checkpoints in memory://.* End it, or give this run"
+    ):
+        store.claim()
+    taken_by_another(store, process=parent, began="1")  # another process had this number
+    store.claim()
+    assert owner_of(store)["process"] == os.getpid()
+
+
+def test_a_run_that_ended_leaves_the_folder_to_others(url: str) -> None:
+    store = CheckpointStore(url)
+    store.claim()
+    save(store, 1)
+    store.unclaim()
+    assert owner_of(store)["ended"]
+    taken_by_another(store, process=os.getppid(), began=began(os.getppid()))  # alive, and done with it
+    save(store, 2)
+    assert [info.step for info in store.list()] == [1, 2]
