@@ -14,7 +14,7 @@ from typing import Any
 
 from ...strategies.errors import CheckpointError
 
-__all__ = ["Counted", "has_state", "is_counted"]
+__all__ = ["Counted", "forgets", "has_state", "is_counted"]
 
 _COUNTS = ["num_samples", "from_beginning"]
 
@@ -22,6 +22,23 @@ _COUNTS = ["num_samples", "from_beginning"]
 def has_state(value: Any) -> bool:
     """Whether `value` has state_dict() and load_state_dict(state)."""
     return callable(getattr(value, "load_state_dict", None)) and _required(value) == []
+
+
+def forgets(dataset: Any) -> bool:
+    """Whether the state of `dataset` leaves samples out: Hugging Face's, shuffled in a buffer whose samples are not in it.
+
+    Such a state is refilled from behind what the buffer held, with a word in the log only (huggingface/datasets#7901). The class
+    is found along the chain of private attributes, since nothing public says so.
+    """
+    waiting, seen = [getattr(dataset, "_ex_iterable", None)], 0
+    while waiting and seen < 1000:
+        inner, seen = waiting.pop(), seen + 1
+        if inner is None:
+            continue
+        if type(inner).__name__.startswith("BufferShuffled"):
+            return True
+        waiting += [getattr(inner, "ex_iterable", None), *getattr(inner, "ex_iterables", ())]
+    return False
 
 
 def is_counted(dataset: Any) -> bool:

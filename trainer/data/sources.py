@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ...strategies.errors import ConfigError, DataError
 from .config import DataLoaderConfiguration
-from .counted import Counted, has_state, is_counted
+from .counted import Counted, forgets, has_state, is_counted
 from .dispatch import Dispatch
 from .indexed import Indexed, batch_per_rank, indexed
 from .randomness import mix
@@ -119,7 +119,7 @@ def _own(loader: Any, world: World | None, shard: tuple[int, int], config: DataL
 
     def stream(workers: int | None = None) -> Stream:
         source = loader if known is None or workers is None else _rebuilt(known, known.dataset, workers=workers)
-        stateful = source if has_state(source) else _counted(source)
+        stateful = _stateful(source)
         in_workers = isinstance(source, DataLoader) and source.num_workers > 0
         return Stream(source, stateful=stateful, seed=key, in_workers=in_workers, batch_size=size)
 
@@ -232,17 +232,18 @@ def _stream(
     asked = config.use_stateful_dataloader
     if dataset is not None or workers is not None or loader.num_workers or (asked and not has_state(loader)):
         loader = _rebuilt(loader, loader.dataset if dataset is None else dataset, stateful=asked, workers=workers)
-    stateful: Any = _counted(loader)
-    if has_state(loader):
-        stateful = loader
-    elif loader.num_workers == 0 and has_state(loader.dataset):
+    stateful: Any = _stateful(loader)
+    if stateful is None and loader.num_workers == 0 and has_state(loader.dataset) and not forgets(loader.dataset):
         stateful = loader.dataset
     key = seed if config.seed_samples else None
     return Stream(loader, stateful=stateful, seed=key, in_workers=loader.num_workers > 0, batch_size=loader.batch_size)
 
 
-def _counted(loader: Any) -> Counted | None:
+def _stateful(loader: Any) -> Any:
+    """Return what of a loader can be asked for its position, and told one; None if nothing can."""
     dataset = getattr(loader, "dataset", None)
+    if has_state(loader):
+        return None if forgets(dataset) else loader
     return Counted(dataset) if is_counted(dataset) else None
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...strategies.errors import CheckpointError, DataError
+from ...strategies.errors import CheckpointError, ConfigError, DataError
 from .counted import Counted
 from .randomness import isolated, mix, seeded
 from .reading import signals_held_back, stop_workers
@@ -66,7 +66,7 @@ class Stream:
     Args:
         source: iterated once an epoch; a function is called once an epoch and returns the iterator.
         stateful: the loader or data set whose state_dict/load_state_dict hold the position, or a data set's `Counted`; None:
-            resuming reads and drops.
+            the iterator is asked, if it has get_state/set_state (grain's have); else resuming reads and drops.
         seed: makes random numbers drawn while reading in this process depend on (seed, epoch, batch) only; None: left alone.
         in_workers: only starting the iterator draws here, its workers do the reading.
         batch_size: most samples of a batch, where known.
@@ -94,6 +94,7 @@ class Stream:
         self._ahead: deque[int] = deque()  # samples of each batch that was read and not handed out
         self._key = 0
         self._iterator: Iterator[Any] | None = None
+        self._cursor: Any = None
         self._spent: Any = None
         generator = getattr(source, "generator", None)
         self._generator = generator if isinstance(generator, torch.Generator) else None
@@ -111,14 +112,13 @@ class Stream:
         self._iterator = None
         self._snapshots = []
         self._key = mix(self.seed or 0, epoch)
-        state = None
+        state = None if saved is None else from_json(saved["state"])
         if saved is not None and self.stateful is not None:
             self.batches, self.samples = saved["batches"], saved["samples"]
-            state = from_json(saved["state"])
         if isinstance(self.stateful, Counted):
             self.stateful.begin(epoch, state)
-        elif state is not None:
-            self.stateful.load_state_dict(state)  # pyright: ignore[reportOptionalMemberAccess]
+        elif state is not None and self.stateful is not None:
+            self.stateful.load_state_dict(state)
         for owner in (self.source, getattr(self.source, "dataset", None)):
             set_epoch = getattr(owner, "set_epoch", None)
             if callable(set_epoch):
@@ -127,6 +127,12 @@ class Stream:
         held_back = signals_held_back() if self.in_workers else contextlib.nullcontext()
         with held_back, self._isolated(), seeded(self._generator, mix(self._generator_seed, epoch)):
             self._iterator = self._new_iterator()
+        self._cursor = self._iterator if self.stateful is None and _has_cursor(self._iterator) else None
+        if saved is not None and self._cursor is not None:
+            self.batches, self.samples = saved["batches"], saved["samples"]
+            if isinstance(state, dict) and set(state) == {"bytes"}:
+                state = bytes(state["bytes"].tolist())
+            self._cursor.set_state(state)
         self.last = END
         while (batches is not None and self.batches < batches) or (samples is not None and self.samples < samples):
             batch = self.read()
@@ -163,10 +169,12 @@ class Stream:
     def read(self) -> Any:
         """Return the next batch, or `END`."""
         assert self._iterator is not None
-        if self.stateful is not None and self.batches % _SNAPSHOT_EVERY == 0 and not isinstance(self.stateful, Counted):
+        asked = None if isinstance(self.stateful, Counted) else self.stateful
+        if self.batches % _SNAPSHOT_EVERY == 0 and (asked is not None or self._cursor is not None):
             older = [snapshot for snapshot in self._snapshots if snapshot.batches < self.consumed]
             self._snapshots = older[-1:] + self._snapshots[len(older) :]
-            self._snapshots.append(Snapshot(self.batches, self.samples, copy.deepcopy(self.stateful.state_dict())))
+            state = self._cursor.get_state() if asked is None else asked.state_dict()
+            self._snapshots.append(Snapshot(self.batches, self.samples, copy.deepcopy(state)))
         with self._isolated():
             batch = next(self._iterator, END)
         if batch is not END:
@@ -210,8 +218,13 @@ class Stream:
             fitting = [s for s in self._snapshots if s.batches < self.consumed] or self._snapshots[:1]
             newest = fitting[-1] if fitting else None
         if newest is not None:
-            state = to_json(newest.state, f"{_name(self.stateful)}.state")
-            found["own"] = {"batches": newest.batches, "samples": newest.samples, "state": state}
+            state = newest.state
+            if isinstance(state, bytes):
+                state = {"bytes": torch.frombuffer(bytearray(state), dtype=torch.uint8)}
+            with contextlib.suppress(ConfigError) if self._cursor is not None else contextlib.nullcontext():
+                # An iterator's state may hold anything. Without it, what was used up is read again.
+                encoded = to_json(state, f"{_name(self.stateful)}.state")
+                found["own"] = {"batches": newest.batches, "samples": newest.samples, "state": encoded}
         return found
 
     def _isolated(self) -> contextlib.AbstractContextManager[None]:
@@ -365,6 +378,11 @@ def _lengths(value: Any) -> Iterator[int]:
         yield from _lengths(item)
     if isinstance(value, Mapping):
         yield from (len(item) for item in value.values() if isinstance(item, list | tuple))
+
+
+def _has_cursor(iterator: Any) -> bool:
+    """Whether an iterator can say where it is, and be set there: get_state() and set_state(state)."""
+    return callable(getattr(iterator, "get_state", None)) and callable(getattr(iterator, "set_state", None))
 
 
 def _name(value: Any) -> str:

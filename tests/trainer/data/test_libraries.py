@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -51,11 +52,11 @@ def stopped_and_resumed(make: Callable[[], Any], stop: int) -> tuple[list[list[i
 @theirs
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_map_style_data_set_of_hugging_face(workers: int) -> None:
-    import datasets  # pyright: ignore[reportMissingImports]
+    import datasets
 
     def make() -> DataLoader[Any]:
         data = datasets.Dataset.from_dict({"x": list(range(SAMPLES))}).with_format("torch")
-        return DataLoader(data, batch_size=4, shuffle=True, num_workers=workers)
+        return DataLoader(data, batch_size=4, shuffle=True, num_workers=workers)  # pyright: ignore[reportArgumentType]
 
     straight, resumed = stopped_and_resumed(make, 3)
     assert resumed == straight
@@ -64,10 +65,10 @@ def test_a_map_style_data_set_of_hugging_face(workers: int) -> None:
 
 
 def _iterable(shards: int = 1) -> DataLoader[Any]:
-    import datasets  # pyright: ignore[reportMissingImports]
+    import datasets
 
     data = datasets.Dataset.from_dict({"x": list(range(SAMPLES))}).to_iterable_dataset(num_shards=shards)
-    return DataLoader(data.with_format("torch"), batch_size=4)
+    return DataLoader(data.with_format("torch"), batch_size=4)  # pyright: ignore[reportArgumentType]
 
 
 @hugging_face
@@ -104,7 +105,7 @@ def test_an_iterable_data_set_of_hugging_face_is_divided_among_ranks(shards: int
 @theirs
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_map_data_set_of_grain(workers: int) -> None:
-    import grain as g  # pyright: ignore[reportMissingImports]
+    import grain as g
 
     def make() -> DataLoader[Any]:
         return DataLoader(g.MapDataset.range(SAMPLES), batch_size=4, shuffle=True, num_workers=workers)  # type: ignore[arg-type]
@@ -114,19 +115,124 @@ def test_a_map_data_set_of_grain(workers: int) -> None:
     assert sorted(itertools.chain(*straight)) == list(range(SAMPLES))
 
 
+class Counting:
+    """A data source of grain that counts what is read."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples, self.read = samples, 0
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: Any) -> int:
+        self.read += 1
+        return int(index)
+
+    def __repr__(self) -> str:
+        return "Counting()"  # its loader compares this with the one in a state
+
+
+def _pipeline(source: Counting) -> Any:
+    import grain as g
+
+    at_once = g.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return g.MapDataset.source(source).shuffle(seed=1).to_iter_dataset(at_once).filter(lambda x: x != 7).batch(4)
+
+
+def _loader_of_grain(source: Counting) -> Any:
+    import grain as g
+
+    sampler = g.samplers.IndexSampler(
+        num_records=len(source), shuffle=True, seed=1, num_epochs=1, shard_options=g.sharding.NoSharding()
+    )
+    keep = g.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    loader = g.DataLoader(data_source=source, sampler=sampler, operations=[g.transforms.Batch(4)], read_options=keep)
+    return loader
+
+
 @grain
 @theirs
-@pytest.mark.parametrize("stop", [1, 5])
-def test_a_pipeline_of_grain_is_read_as_a_loader(stop: int) -> None:
-    """Its iterators have get_state, not state_dict: a resume reads what was used up, and drops it."""
-    import grain as g  # pyright: ignore[reportMissingImports]
+@pytest.mark.parametrize("stop", [1, 5, 7])
+@pytest.mark.parametrize("make", [_pipeline, _loader_of_grain])
+def test_what_reads_by_grain_goes_on_by_the_state_of_its_iterator(make: Callable[[Counting], Any], stop: int) -> None:
+    straight, resumed = stopped_and_resumed(lambda: make(Counting(SAMPLES)), stop)
+    assert resumed == straight
+    expected = set(range(SAMPLES)) - ({7} if make is _pipeline else set())
+    assert sorted(itertools.chain(*straight)) == sorted(expected)
+
+
+@grain
+@theirs
+@pytest.mark.parametrize("make", [_pipeline, _loader_of_grain])
+def test_what_reads_by_grain_reads_only_a_few_batches_again(make: Callable[[Counting], Any]) -> None:
+    first, source = prepare_loader(make(Counting(4000))), Counting(4000)
+    for number, _ in enumerate(first, start=1):
+        if number == 700:
+            break
+    second = prepare_loader(make(source))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    next(iter(second))
+    assert source.read <= (16 + 3) * 4  # those since its last state, and one ahead; 2,800 samples lie before
+
+
+@grain
+@theirs
+def test_a_pipeline_of_grain_that_reads_ahead_in_threads_goes_on_exactly() -> None:
+    import grain as g
 
     def make() -> Any:
-        return g.MapDataset.range(SAMPLES).shuffle(seed=1).batch(4).to_iter_dataset()
+        data = g.MapDataset.range(SAMPLES).shuffle(seed=1).random_map(lambda x, rng: x * 100 + rng.integers(100), seed=2)
+        return data.batch(4).to_iter_dataset()
 
-    straight, resumed = stopped_and_resumed(make, stop)
+    straight, resumed = stopped_and_resumed(make, 3)
+    assert resumed == straight
+    assert sorted(x // 100 for x in itertools.chain(*straight)) == list(range(SAMPLES))
+
+
+@hugging_face
+@theirs
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 under torch 2.13
+@pytest.mark.parametrize("stateful", [False, True])
+def test_a_buffer_that_hugging_face_does_not_save_loses_no_samples(stateful: bool) -> None:
+    """Its state knows that the buffer was filled, and not with what: 16 samples would never come."""
+    import datasets
+
+    def make() -> DataLoader[Any]:
+        data = datasets.Dataset.from_dict({"x": list(range(SAMPLES))}).to_iterable_dataset(num_shards=2)
+        data = data.shuffle(seed=1, buffer_size=16).map(lambda x: x).with_format("torch")
+        if stateful:
+            from torchdata.stateful_dataloader import StatefulDataLoader
+
+            return StatefulDataLoader(data, batch_size=4)  # pyright: ignore[reportArgumentType]
+        return DataLoader(data, batch_size=4)  # pyright: ignore[reportArgumentType]
+
+    straight, resumed = stopped_and_resumed(make, 3)
     assert resumed == straight
     assert sorted(itertools.chain(*straight)) == list(range(SAMPLES))
+
+
+def _hugging_face_part(states: Any, stop: int | None) -> Any:
+    world = World.start()
+    try:
+        loader = prepare_loader(_iterable(6), shard=(world.rank, world.size), world=world)
+        if states:
+            loader.load_states(states)
+        batches = [numbers(batch)[: loader.num_samples] for batch in itertools.islice(iter(loader), stop)]
+        return batches, loader.state_dict(), loader.per_rank
+    finally:
+        world.stop()
+
+
+@hugging_face
+@theirs
+def test_an_iterable_data_set_of_hugging_face_goes_on_on_other_numbers_of_ranks(ranks: Any) -> None:
+    found: list[int] = []
+    states: Any = None
+    for count, stop in ((2, 1), (3, 1), (1, None)):
+        each = ranks(count, _hugging_face_part, states, stop)
+        found += [x for batches, _, _ in each for batch in batches for x in batch]
+        states = [state for _, state, _ in each] if each[0][2] else [each[0][1]]
+    assert sorted(found) == list(range(SAMPLES))
 
 
 # -- mosaicml-streaming, which is not installed here: a stand-in with the protocol that counted.py describes ---------------
