@@ -156,18 +156,18 @@ class Saving:
     def save_model(self, model: nn.Module, save_directory: str | Path, max_shard_size: int | str = "5GB") -> Path:
         """Write the bare weights of a model as Hugging Face has them (checkpoint/weights.py); return the first file.
 
-        One `model.safetensors`, or, above `max_shard_size`, several files and `model.safetensors.index.json`. Tied weights are
-        written once, under their first name; their other names stand in the file's metadata. Collective; the main process writes.
-        Where ranks hold pieces, tensor by tensor is put together, written and dropped: no rank ever holds the model.
+        To a folder or a URL. One `model.safetensors`, or, above `max_shard_size`, several files and
+        `model.safetensors.index.json`. Tied weights are written once, under their first name; their other names stand in the
+        file's metadata. Collective; the main process writes. Where ranks hold pieces, tensor by tensor is put together, written
+        and dropped: no rank ever holds the model.
 
         Raises:
             CheckpointError: the files could not be written; on all processes.
-            ConfigError: `save_directory` is a URL; bare weights are written to this machine.
         """
-        from ..strategies.checkpoint.urls import local_path
+        from ..strategies.checkpoint.urls import path_of
         from ..strategies.checkpoint.weights import parse_size, save_weights
 
-        folder, limit = local_path(save_directory, "save_model"), parse_size(max_shard_size)
+        folder, limit = path_of(save_directory).expanduser(), parse_size(max_shard_size)
         module: nn.Module = self.unwrap_model(model)  # pyright: ignore[reportAttributeAccessIssue]
         whole = self._strategy_of(module).whole_tensors(module)
 
@@ -182,11 +182,10 @@ class Saving:
         Raises:
             CheckpointError: the weights of another model: what is missing, in excess or of another shape is listed, and nothing
                 was loaded. `strict=False` takes what fits.
-            ConfigError: `directory` is a URL; bare weights are read from this machine.
         """
-        from ..strategies.checkpoint.urls import local_path
+        from ..strategies.checkpoint.urls import path_of
 
-        folder = local_path(directory, "load_model")
+        folder = path_of(directory).expanduser()
         module: nn.Module = self.unwrap_model(model)  # pyright: ignore[reportAttributeAccessIssue]
         skipped = self._strategy_of(module).load_weights(module, folder, strict=strict)
         self.world.barrier()

@@ -11,7 +11,7 @@ reader.py      Checkpoint: values and tensors, checked while they are read
 verified.py    files of which no byte is used before its checksum was compared, read in one pass
 urls.py        paths behind a URL, by fsspec; url_store.py  checkpoints there: the manifest is put last
 divide.py      who writes which piece of which tensor; do pieces cover their tensor
-weights.py     bare weights as Hugging Face has them
+weights.py     bare weights as Hugging Face has them; url_weights.py  behind a URL
 lock.py        one process at a time saves in a folder
 state.py       trees of tensors and JSON values, to and fro
 rng.py         the random states of a process

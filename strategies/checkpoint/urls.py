@@ -80,6 +80,10 @@ class UrlPath:
         return posixpath.basename(self.key.rstrip("/"))
 
     @property
+    def suffix(self) -> str:
+        return posixpath.splitext(self.name)[1]
+
+    @property
     def parent(self) -> UrlPath:
         return UrlPath(self.fs, posixpath.dirname(self.key.rstrip("/")))
 
@@ -144,6 +148,9 @@ class UrlPath:
 
     def read_bytes(self) -> bytes:
         return self.fs.cat_file(self.key)
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
 
     def read_limited(self, name: str, limit: int) -> bytes:
         """Return the content of the file `name` in this folder.

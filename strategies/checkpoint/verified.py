@@ -280,40 +280,48 @@ class VerifiedFile:
         """Return where each tensor of a safetensors file lies; the spans tile the file exactly."""
         if self._header is None:
             try:
-                self._header = self._parse()
+                self._header = parse_header(self.read_into, self._size)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise self._damaged(f"is no safetensors file: {type(error).__name__}: {error}") from None
         return self._header
 
-    def _parse(self) -> dict[str, Span]:
-        length = memoryview(bytearray(8))
-        self.read_into(0, length)
-        size = int.from_bytes(length, "little")
-        if size > min(MAX_HEADER, self._size - 8):
-            raise ValueError(f"its header is said to have {size:,} bytes, the file has {self._size:,}")
-        text = memoryview(bytearray(size))
-        self.read_into(8, text)
-        content = json.loads(bytes(text))
-        content.pop("__metadata__", None)
-        widths = {code: kind.itemsize for kind, code in DTYPES.values() if code}
-        spans: dict[str, Span] = {}
-        for key, entry in content.items():
-            start, end = sizes(entry["data_offsets"])
-            shape = sizes(entry["shape"])
-            if count(shape) * widths[entry["dtype"]] != end - start:
-                raise ValueError(f"{key!r}: {entry['dtype']} {shape} does not take {end - start} bytes")
-            spans[key] = Span(entry["dtype"], shape, start + 8 + size, end + 8 + size)
-        position = 8 + size
-        for span in sorted(spans.values(), key=lambda s: (s.start, s.end)):
-            if span.start != position:
-                raise ValueError(f"a tensor starts at byte {span.start:,}, the one before it ends at {position:,}")
-            position = span.end
-        if position != self._size:
-            raise ValueError(f"its tensors end at byte {position:,}, the file at {self._size:,}")
-        return spans
-
     def _damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self._where}: {self._name} {what}. The checkpoint is damaged; use an earlier one.")
+
+
+def parse_header(read_into: Callable[[int, memoryview], None], file_size: int) -> dict[str, Span]:
+    """Return where each tensor of a safetensors file lies; the spans tile the file exactly.
+
+    Args:
+        read_into: fills a buffer with the bytes of the file from a position on.
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: it is no safetensors file.
+    """
+    length = memoryview(bytearray(8))
+    read_into(0, length)
+    size = int.from_bytes(length, "little")
+    if size > min(MAX_HEADER, file_size - 8):
+        raise ValueError(f"its header is said to have {size:,} bytes, the file has {file_size:,}")
+    text = memoryview(bytearray(size))
+    read_into(8, text)
+    content = json.loads(bytes(text))
+    content.pop("__metadata__", None)
+    widths = {code: kind.itemsize for kind, code in DTYPES.values() if code}
+    spans: dict[str, Span] = {}
+    for key, entry in content.items():
+        start, end = sizes(entry["data_offsets"])
+        shape = sizes(entry["shape"])
+        if count(shape) * widths[entry["dtype"]] != end - start:
+            raise ValueError(f"{key!r}: {entry['dtype']} {shape} does not take {end - start} bytes")
+        spans[key] = Span(entry["dtype"], shape, start + 8 + size, end + 8 + size)
+    position = 8 + size
+    for span in sorted(spans.values(), key=lambda s: (s.start, s.end)):
+        if span.start != position:
+            raise ValueError(f"a tensor starts at byte {span.start:,}, the one before it ends at {position:,}")
+        position = span.end
+    if position != file_size:
+        raise ValueError(f"its tensors end at byte {position:,}, the file at {file_size:,}")
+    return spans
 
 
 def _beside(items: Iterator[T], action: Callable[[T], None], threads: int) -> None:

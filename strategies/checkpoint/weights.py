@@ -6,6 +6,7 @@
 
 Tensors that share their memory (tied weights) are written once, under their first name; `load_weights` fills the others too.
 Files are written under temporary names and renamed when all are whole, the index last: a reader never meets half a file.
+Behind a URL (url_weights.py) they are the same.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
+from .urls import UrlPath
 from .writer import Deferred, TensorFile, make_folder, sync_folder, write_json
 
 SINGLE = "model.safetensors"
@@ -68,7 +70,7 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def save_weights(
-    folder: Path,
+    folder: Path | UrlPath,
     sizes: Mapping[str, int],
     read: Callable[[Sequence[str]], Mapping[str, Tensor | Deferred]],
     *,
@@ -82,9 +84,17 @@ def save_weights(
         read: returns the tensors of some names: those of one file at a time. A `Deferred` is read when its bytes are written.
         metadata: for the header of each file; {"format": "pt"} stands there anyway.
     """
-    make_folder(folder)
     shards = plan_shards(sizes, parse_size(max_shard_size))
     names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+    if isinstance(folder, UrlPath):
+        from .url_weights import write_weights
+
+        files = dict(zip(names, shards, strict=True))
+        paths: Any = write_weights(folder, files, (INDEX, content), read, metadata, _is_weights)
+        return paths
+    make_folder(folder)
     partial = [folder / f".{name}.partial" for name in names]
     index = folder / INDEX
     try:
@@ -94,15 +104,12 @@ def save_weights(
         index_partial = folder / f".{INDEX}.partial"
         index_partial.unlink(missing_ok=True)
         partial.append(index_partial)
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        write_json(
-            index_partial, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
-        )
+        write_json(index_partial, content)
         index.unlink(missing_ok=True)  # an older one would name files of before
         for path, name in zip(partial, names, strict=False):
             os.replace(path, folder / name)
         for old in folder.iterdir():
-            if (_SHARD.fullmatch(old.name) or old.name == SINGLE) and old.name not in names:
+            if _is_weights(old.name) and old.name not in names:
                 old.unlink()
         if len(shards) > 1:
             os.replace(index_partial, index)
@@ -111,6 +118,21 @@ def save_weights(
         for path in partial:
             path.unlink(missing_ok=True)
     return [folder / name for name in names] + ([index] if len(shards) > 1 else [])
+
+
+def _is_weights(name: str) -> bool:
+    return name == SINGLE or _SHARD.fullmatch(name) is not None
+
+
+def open_weights(path: Path | UrlPath) -> Any:
+    """Open a safetensors file for reading, as a context: with keys(), get_tensor(name), get_slice(name)."""
+    if isinstance(path, UrlPath):
+        from .url_weights import UrlTensors
+
+        return UrlTensors(path)
+    from safetensors import safe_open
+
+    return safe_open(path, "pt")
 
 
 def untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -133,7 +155,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     Raises:
         CheckpointError: there are none, or the index is not well formed or names a file outside the folder.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     index = folder / INDEX
     if folder.is_dir() and index.exists():
@@ -152,7 +174,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
             "pickled weights (pytorch_model.bin) are not read."
         )
     try:
-        with safe_open(path, "pt") as file:
+        with open_weights(path) as file:
             return dict.fromkeys(file.keys(), path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
@@ -169,7 +191,7 @@ def load_weights(
         CheckpointError: names missing or in excess, other shapes; nothing was loaded then. With `strict=False` those are skipped.
             Or a file is damaged: what was read before it is loaded.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     files = weight_files(folder)
     tied = untied(tensors)[1]
@@ -189,7 +211,7 @@ def load_weights(
             wanted.setdefault(files[name], []).append(name)
     try:
         for path, names in wanted.items():
-            with safe_open(path, "pt") as file:
+            with open_weights(path) as file:
                 for name in names:
                     if tuple(file.get_slice(name).get_shape()) != tuple(tensors[name].shape):
                         shapes.append(f"{name} {file.get_slice(name).get_shape()} for {list(tensors[name].shape)}")
@@ -202,7 +224,7 @@ def load_weights(
         wrong = {text.split(" ", 1)[0] for text in shapes}
         with torch.no_grad():
             for path, names in wanted.items():
-                with safe_open(path, "pt") as file:
+                with open_weights(path) as file:
                     for name in names:
                         if name not in wrong:
                             if fill is None:

@@ -190,7 +190,7 @@ if sys.platform == "linux":
         _sync_file_range = ctypes.CDLL(None).sync_file_range
 
 
-def write_bytes(path: Path, parts: Iterable[memoryview], size: int = 0) -> dict[str, Any]:
+def write_bytes(path: Path | UrlPath, parts: Iterable[memoryview], size: int = 0) -> dict[str, Any]:
     """Write a new file of all `parts`, `size` bytes or about that; return its entry in the manifest."""
     writer = FileWriter(path, size)
     try:
@@ -202,7 +202,7 @@ def write_bytes(path: Path, parts: Iterable[memoryview], size: int = 0) -> dict[
     return writer.close()
 
 
-def write_json(path: Path, value: Any) -> dict[str, Any]:
+def write_json(path: Path | UrlPath, value: Any) -> dict[str, Any]:
     """Write `value`, which state.split made, as strict JSON."""
     return write_bytes(path, [memoryview(json.dumps(value, allow_nan=False, separators=(",", ":")).encode())])
 
@@ -252,7 +252,7 @@ class TensorFile:
                     for part in piece.split(PIECE):
                         yield bytes_of(part.to("cpu"))
 
-    def write(self, path: Path) -> dict[str, Any]:
+    def write(self, path: Path | UrlPath) -> dict[str, Any]:
         """Write it; return its entry in the manifest."""
         return write_bytes(path, self.parts(), self.size)
 

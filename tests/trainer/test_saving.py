@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from drivetrain import Accelerator
+from drivetrain.strategies.checkpoint.urls import UrlSink, path_of
 from drivetrain.strategies.errors import CheckpointError, ConfigError
 from drivetrain.strategies.world import World
 from safetensors.torch import load_file
@@ -235,15 +237,83 @@ def test_a_state_goes_to_a_url_and_back() -> None:
         assert all(torch.equal(a, b) for a, b in zip(expected, weights(other.model), strict=True))
 
 
-def test_bare_weights_behind_a_url_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """file:// is the local path; of anything else a folder called "memory:" would be made here."""
+def of_all_kinds(fill: float) -> nn.Module:
+    """Tied weights, a 0-d and an empty tensor, 16 bits, several files when they are small."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, bias=False), nn.Linear(64, 3, dtype=torch.bfloat16))
+    model[1].weight = model[0].weight
+    model.register_buffer("scale", torch.tensor(1.0))
+    model.register_buffer("nothing", torch.zeros(0, 4))
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.copy_(torch.arange(value.numel()).reshape(value.shape) % 7 + fill)
+    return model
+
+
+@pytest.mark.parametrize("size", ["5GB", "8KB"])
+def test_bare_weights_go_to_a_url_and_back_and_are_the_bytes_of_a_local_save(size: str, tmp_path: Path) -> None:
+    pytest.importorskip("fsspec", reason="waits for fsspec")
+    url = f"memory://test-saving/weights {size}"
+    accelerator = Accelerator()
+    model = accelerator.prepare(of_all_kinds(1))
+    first = accelerator.save_model(model, url, max_shard_size=size)
+    accelerator.save_model(model, tmp_path / "local", max_shard_size=size)
+    local = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    assert {path.name: path.read_bytes() for path in path_of(url).iterdir()} == local
+    assert len(local) == (1 if size == "5GB" else 4)
+    assert str(first) == f"memory:///test-saving/weights {size}/{min(local)}"
+    other = accelerator.prepare(of_all_kinds(2))
+    assert accelerator.load_model(other, url) == []
+    assert all(torch.equal(v, other.state_dict()[n]) for n, v in model.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"weights of another model: .* missing"):
+        accelerator.load_model(accelerator.prepare(nn.Linear(2, 2)), url)
+
+
+def test_weights_saved_again_behind_a_url_leave_nothing_of_the_old_ones() -> None:
+    pytest.importorskip("fsspec", reason="waits for fsspec")
+    url = "memory://test-saving/again"
+    accelerator = Accelerator()
+    for size, count in (("8KB", 4), ("5GB", 1), ("8KB", 4)):
+        accelerator.save_model(accelerator.prepare(of_all_kinds(1)), url, max_shard_size=size)
+        assert len(list(path_of(url).iterdir())) == count
+
+
+def test_weights_behind_a_url_are_never_some_old_and_some_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save that breaks off at its second file: there are no weights then, and that is said."""
+    pytest.importorskip("fsspec", reason="waits for fsspec")
+    url = "memory://test-saving/broken"
+    accelerator = Accelerator()
+    model = accelerator.prepare(of_all_kinds(1))
+    accelerator.save_model(model, url, max_shard_size="8KB")
+    finish, count = UrlSink.finish, itertools.count()
+
+    def breaks(self: Any) -> None:
+        if next(count):
+            raise OSError("the network is gone")
+        finish(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UrlSink, "finish", breaks)
+        with pytest.raises(CheckpointError, match="the network is gone"):
+            accelerator.save_model(accelerator.prepare(of_all_kinds(2)), url, max_shard_size="8KB")
+    with pytest.raises(CheckpointError, match=r"there is no model.safetensors.index.json"):
+        accelerator.load_model(model, url)
+
+
+def test_weights_behind_a_url_that_were_cut_are_refused() -> None:
+    pytest.importorskip("fsspec", reason="waits for fsspec")
+    accelerator = Accelerator()
+    model = accelerator.prepare(of_all_kinds(1))
+    path: Any = accelerator.save_model(model, "memory://test-saving/cut")
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match=r"is no whole safetensors file: .*its tensors end at byte"):
+        accelerator.load_model(model, "memory://test-saving/cut")
+
+
+def test_file_urls_are_local_paths_and_a_project_is_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a URL taken for a path, a folder called "memory:" would be made here."""
     monkeypatch.chdir(tmp_path)
     accelerator = Accelerator()
     model = accelerator.prepare(nn.Linear(1, 1))
-    with pytest.raises(ConfigError, match="save_model: memory://out is a URL, where only checkpoints can lie; expected a local"):
-        accelerator.save_model(model, "memory://out")
-    with pytest.raises(ConfigError, match="load_model: memory://out is a URL"):
-        accelerator.load_model(model, "memory://out")
     with pytest.raises(ConfigError, match=r"Accelerator\(project_dir=...\): memory://out is a URL"):
         Accelerator(project_dir="memory://out")
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...strategies.checkpoint.layout import human
-from ...strategies.checkpoint.urls import local_path, path_of
+from ...strategies.checkpoint.urls import path_of
 from ...strategies.errors import CheckpointError, ConfigError
 from .parser import Parser
 
@@ -172,7 +172,7 @@ def _export(chosen: argparse.Namespace) -> Outcome:
 
     if not chosen.to:
         raise ConfigError("drivetrain ckpt export needs a place: --to FOLDER.")
-    folder = local_path(chosen.to, "drivetrain ckpt export --to")
+    folder = path_of(chosen.to).expanduser()
     with _open(chosen.path) as checkpoint:
         models = sorted({n.split("/")[1] for n in checkpoint.names() if n.startswith("model/")})
         if chosen.model is None and len(models) != 1:

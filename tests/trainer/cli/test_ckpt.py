@@ -130,7 +130,6 @@ def test_prune_deletes_what_no_rule_keeps(run: Path, capsys: pytest.CaptureFixtu
         (["prune", "."], ConfigError, "needs a rule for what stays"),
         (["diff", "."], ConfigError, "compares two checkpoints"),
         (["export", "."], ConfigError, "--to FOLDER"),
-        (["export", ".", "--to", "memory://x"], ConfigError, "export --to: memory://x is a URL, .* expected a local folder"),
         (["look", "."], ConfigError, "invalid choice: 'look'"),
     ],
 )
@@ -153,3 +152,5 @@ def test_checkpoints_behind_a_url_are_looked_at_in_the_same_way(capsys: pytest.C
     assert told(capsys, "verify", "memory://ckpt-cli/checkpoints/step-00000002") == (0, {"faults": {"step-00000002": []}})
     assert told(capsys, "prune", "memory://ckpt-cli", "--last", "1")[1]["deleted"] == [1]
     assert told(capsys, "show", "memory://ckpt-cli")[1]["step"] == 2
+    code, found = told(capsys, "export", "memory://ckpt-cli", "--to", "memory://ckpt-cli/weights")
+    assert (code, found["files"]) == (0, ["memory:///ckpt-cli/weights/model.safetensors"])
