@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .base import Strategy
+from .composite import is_composite
 from .errors import ConfigError, DistributedError, UnknownName, suggest
 from .precision.base import Precision
 from .replica import Replica, broadcast_, broadcast_buffers_, guard_frozen, release_frozen
@@ -189,6 +190,9 @@ class DDPStrategy(Strategy):
         return replica
 
     def _replicate(self, name: str, model: nn.Module, group: dist.ProcessGroup, *, find_unused: bool) -> Replica:
+        composite = any(is_composite(p) for p in model.parameters())
+        if composite:
+            broadcast_(model, group)  # torch's own, at DDP's construction, knows plain tensors only
         try:
             replica = Replica(
                 model,
@@ -198,6 +202,7 @@ class DDPStrategy(Strategy):
                 bucket_cap_mb=self.bucket_cap_mb,
                 gradient_as_bucket_view=self.gradient_as_bucket_view,
                 forward_sync_buffers=self.broadcast_buffers,
+                init_sync=not composite,
             )
         except RuntimeError as error:
             if "DDP expects same model" not in str(error) and "appears not to match" not in str(error):

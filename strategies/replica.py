@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .composite import parts_of
 from .errors import ConfigError
 
 __all__ = ["Replica", "broadcast_", "broadcast_buffers_", "guard_frozen", "release_frozen"]
@@ -153,7 +154,7 @@ def broadcast_buffers_(model: nn.Module, group: dist.ProcessGroup) -> None:
 def _broadcast(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """One collective for each dtype and device; each tensor is written once, whatever its strides."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
+    for tensor in (part for whole in tensors for part in parts_of("", whole).values()):
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
     for some in kinds.values():
         flat = torch.cat([t.reshape(-1) for t in some])

@@ -5,8 +5,8 @@
     run_as_forward(method)          a step between torch's hooks around a forward
 The module stays the user's own object under its own names; its class gains FSDPModule, its parameters become DTensors.
 It stands on these names of torch that are not documented: `_non_persistent_buffers_set` of nn.Module; FSDPModule._get_fsdp_state,
-FSDPState._fsdp_param_groups and _register_root_post_backward_final_callback, FSDPParamGroup._sharded_state and fsdp_params, FSDPParam
-._unsharded_param and .sharded_param; tests/strategies/test_fsdp.py and tests/trainer/test_several_models.py pin them.
+FSDPState._fsdp_param_groups and _register_root_post_backward_final_callback, FSDPParamGroup._sharded_state and fsdp_params,
+FSDPParam._unsharded_param and .sharded_param; tests/strategies/test_fsdp.py and tests/trainer/test_several_models.py pin them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import gradients, materialize
+from .composite import is_composite
 from .errors import ConfigError, suggest
 from .precision.forward import widened
 from .replica import broadcast_buffers_
@@ -68,6 +69,12 @@ class Sharded:
     def __init__(
         self, name: str, model: nn.Module, *, ignored: Iterable[Any], device: torch.device, group: dist.ProcessGroup | None
     ) -> None:
+        if made := {key: type(p).__name__ for key, p in model.named_parameters() if is_composite(p)}:
+            key = next(iter(made))
+            raise ConfigError(
+                f"{key} of model {name!r} is quantised ({made[key]}), which fsdp cannot cut into rows. Use strategy='ddp' or "
+                "'single', a precision whose weights are plain, such as 'int8-ao', or quantise later."
+            )
         self.name, self.model, self.device = name, model, device
         self.is_dry = device.type == "meta"  # a dry run: parameters stay without values
         self.group = None if self.is_dry else group  # of all ranks that hold pieces of it; None where this one is alone
@@ -77,7 +84,6 @@ class Sharded:
         self.depth = 0
         self.syncing = True
         self.warm = False
-        self._trains = True
         self.root_groups: list[Any] = []
         self.around: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None
         self.whole = self._held_whole(ignored)
@@ -223,7 +229,6 @@ class Sharded:
             # Where the model is called bare, its gathered 16-bit parameters meet 32-bit inputs.
             model.forward = _inside(context, model.forward, self.device.type)
         model.register_forward_pre_hook(self._before_forward, prepend=True)  # before torch's, which gathers
-        model.register_forward_hook(self._after_forward)
 
     # -- running ------------------------------------------------------------------------------------------------------
     def run_as_forward(self, method: str) -> None:
@@ -257,9 +262,12 @@ class Sharded:
                 self.root.reshard()
 
     def _before_forward(self, model: nn.Module, args: Any) -> None:
-        self._trains = torch.is_grad_enabled()
-        if not self.depth and (self.sends_buffers or not self._trains):
+        if torch.is_grad_enabled():
+            if self.sends_buffers and not self.depth:
+                self.send_buffers()
+        elif not self.depth:
             self._begin_step()
+            self._leaving = model.register_forward_hook(self._after_forward)
 
     def _begin_step(self) -> None:
         if torch.is_grad_enabled():
@@ -276,8 +284,8 @@ class Sharded:
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         # Without a backward pass nobody else would free the root's parameters, and what is written into them would be lost.
-        if not self._trains and not self.depth:
-            self.root.reshard()
+        self._leaving.remove()
+        self.root.reshard()
 
     def send_buffers(self) -> None:
         """Give rank 0's persistent buffers to all ranks. Collective."""

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..composite import Composite, is_composite, parts_of
 from ..errors import ConfigError
 from ..units import Units, choose_units
-from .composite import Composite, is_composite, parts_of
 from .stream import Slot, Stream
 
 __all__ = ["Binding", "StreamedModule", "choose_blocks", "map_tensors"]

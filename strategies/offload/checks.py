@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..composite import parts_of
 from ..errors import ConfigError
 from ..placement import main_place, place_of
 from .away import is_away
-from .composite import parts_of
 
 __all__ = ["check_buffers", "check_plain"]
 

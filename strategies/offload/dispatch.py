@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from .. import materialize
 from ..checkpoint.weights import save_weights
+from ..composite import Composite, is_composite, num_bytes, parts_of, parts_of_all
 from ..errors import CheckpointError, ConfigError
 from ..placement import main_place, make_device_map, place_of
 from .away import away_like, is_away
 from .blocks import Binding, StreamedModule, choose_blocks, map_tensors
 from .checks import check_buffers, check_plain
-from .composite import Composite, is_composite, num_bytes, parts_of, parts_of_all
 from .handle import Weights, guard, weights_of
 from .sizes import read_dtype, tensors_of
 from .sources import MemorySource, Source, open_source

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..composite import num_bytes, parts_of
 from ..errors import ConfigError, suggest
 from .away import is_away
 from .blocks import Binding, StreamedModule
-from .composite import num_bytes, parts_of
 from .sources import Source
 from .stream import Block, Stream
 

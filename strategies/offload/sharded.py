@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoint.weights import parse_size, plan_shards, save_weights
+from ..composite import num_bytes, parts_of, parts_of_all
 from .away import is_away
-from .composite import num_bytes, parts_of, parts_of_all
 from .handle import weights_of
 
 __all__ = ["StateDictSplit", "save_torch_model", "split_torch_state_dict_into_shards"]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..composite import is_composite, num_bytes
 from ..errors import ConfigError
 from .blocks import choose_blocks
-from .composite import is_composite, num_bytes
 
 __all__ = ["compute_module_sizes", "find_tied_parameters", "measure_activations", "read_dtype", "tensor_bytes", "tensors_of"]
 

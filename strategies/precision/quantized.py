@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -168,7 +167,8 @@ class _BitNetProduct(torch.autograd.Function):
 class Int8WeightsAO(_TorchaoLinears):
     """Linears whose weights are int8 at all times, each row with its scale; gradients and optimizer state are plain tensors.
 
-    Works with torch's SGD, Adam and AdamW (not fused). Saved as two plain tensors, `<name>.weight.int8` and `.scale`.
+    Works with torch's SGD, Adam and AdamW (not fused), under `single` and `ddp`. Updates are rounded by random numbers of
+    their own, the same on all ranks and in each run. Saved as two plain tensors, `<name>.weight.int8` and `.scale`.
     """
 
     name = "int8-weights-ao"
@@ -177,6 +177,7 @@ class Int8WeightsAO(_TorchaoLinears):
     def __init__(self, recipe: Int8WeightsRecipe | None = None, *, base: str | Precision = "bf16-mixed") -> None:
         self.recipe = recipe if recipe is not None else Int8WeightsRecipe()
         super().__init__(self.recipe, base)
+        self._steps = 0
 
     def make_matmul(self, device: torch.device) -> Matmul:
         return Int8WeightMatmul(wanted_by=f"precision={self.name!r}")
@@ -186,13 +187,8 @@ class Int8WeightsAO(_TorchaoLinears):
 
         The parameters stay the same objects, so an optimizer that was built before keeps working.
         Raises:
-            ConfigError: several processes: DDP cannot broadcast such weights.
+            ConfigError: a weight that something else uses too.
         """
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise ConfigError(
-                f"precision={self.name!r} was asked for on {dist.get_world_size()} processes, and DDP cannot broadcast weights "
-                "that are int8. Use one process, or precision='int8-ao', whose weights are plain."
-            )
         model = super().convert(model)
         weight_class = _weight_class(f"precision={self.name!r}")
         owners: dict[int, list[str]] = {}
@@ -220,13 +216,26 @@ class Int8WeightsAO(_TorchaoLinears):
         Raises:
             ConfigError: an optimizer that does with its weights what int8 ones cannot.
         """
+        self._steps += 1
+        device = self._device
         try:
-            return super().step(optimizer)
+            # Ranks that drew for themselves would round their copies apart.
+            with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+                torch.manual_seed(self._steps)
+                return super().step(optimizer)
         except NotImplementedError as error:
             raise ConfigError(
                 f"{type(optimizer).__name__} does with its weights what int8 ones cannot ({str(error)[:120]}...). "
                 "Use torch.optim.AdamW or SGD without fused=True."
             ) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many steps were rounded."""
+        return {"steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the random numbers of a saved run."""
+        self._steps = int(state.get("steps", 0))
 
 
 class Int8WeightMatmul:

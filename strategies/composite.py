@@ -4,7 +4,8 @@
     Composite.of("w", weight).build(get)   the weight again, around parts from wherever `get` has them
 
 By PyTorch's own protocol for such classes (__tensor_flatten__ and __tensor_unflatten__), which those of torchao keep. A class
-without it (bitsandbytes' Params4bit, which has its scales as an attribute) cannot be taken apart, and is refused (checks.py).
+without it (bitsandbytes' Params4bit, which has its scales as an attribute) cannot be taken apart, and is refused
+where it would have to be (offload/checks.py).
 """
 
 from __future__ import annotations
