@@ -70,18 +70,6 @@ def interfaces() -> list[Interface]:
     return found
 
 
-def has_address(address: str, port: int) -> bool:
-    """Does the name or number `address` belong to this machine? True also where that cannot be found out."""
-    here = _leaves_by(address, port)
-    if here is None:
-        return True
-    try:
-        resolved = {str(info[4][0]) for info in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)}
-    except OSError:
-        return True
-    return here in resolved or is_loopback(here)
-
-
 def _named_by_user(named: str, address: str) -> Interface:
     names = [name for _, name in socket.if_nameindex()]
     wanted = [name.strip() for name in named.split(",")]

@@ -22,7 +22,6 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # pyright
 
 from .environment import LOOPBACK, RankEnvironment, is_loopback
 from .errors import DistributedError
-from .interfaces import has_address
 from .node_watch import Place
 
 # While ranks wait for others they look this often whether somebody has found that they cannot meet.
@@ -65,7 +64,7 @@ def meet(env: RankEnvironment, timeout_s: float) -> tuple[Store, list[Place]]:
     except RuntimeError as error:  # DistStoreError is one
         raise DistributedError(
             f"[rank {env.rank}/{env.size}] met {_missing(prefixed, names)} at {env.address}:{env.port} within "
-            f"{timeout_s:.0f} s. Expected all {env.size}. See why they did not start, or died before." + _node_rank_twice(env)
+            f"{timeout_s:.0f} s. Expected all {env.size}. See why they did not start, or died before."
         ) from error
     return prefixed, [Place(**json.loads(told)) for told in prefixed.multi_get(names)]
 
@@ -89,15 +88,6 @@ def _check_in(env: RankEnvironment, here: Place, store: Store) -> None:
         store.set("contradiction", problem)
         raise DistributedError(f"[rank {env.rank}/{env.size}] {problem}")
     store.set(f"arrived/{env.rank}", json.dumps(asdict(here)))
-
-
-def _node_rank_twice(env: RankEnvironment) -> str:
-    if env.rank == 0 and not env.one_node and not has_address(env.address, env.port):
-        return (
-            f" This machine ({socket.gethostname()}), which is node 0, does not have the address {env.address}: is another one "
-            "node 0 too?"
-        )
-    return ""
 
 
 def _missing(store: Store, names: list[str]) -> str:

@@ -82,6 +82,10 @@ class Node:
         # A rule before the routing table: `lookup local` comes first only for what is for this node itself.
         self.run("ip", "route", "add", "blackhole", f"{other.address}/32")
 
+    def slow_down(self, rate: str) -> None:
+        """Let what this node sends wait in a queue for a line of `rate`, such as "1mbit", for up to a second."""
+        self.run("tc", "qdisc", "add", "dev", self.interface, "root", "tbf", "rate", rate, "burst", "8kb", "latency", "1s")
+
     def lose_power(self) -> None:
         """End every process here, and the line first: no word of it reaches the others."""
         self.cut()
@@ -114,6 +118,18 @@ class Nodes:
     def plug(self, index: int) -> None:
         """Undo `unplug`."""
         _quiet([*_entering(self.switch), "ip", "link", "set", f"port{index}", "up"])
+
+    def join_again(self, interface: str, network: str) -> None:
+        """Give each node a second network, such as "10.88.0", with an interface of that name."""
+        _quiet([*_entering(self.switch), "ip", "link", "add", interface, "type", "bridge"])
+        _quiet([*_entering(self.switch), "ip", "link", "set", interface, "up"])
+        for node in self:
+            port = f"{interface}{node.index}"
+            line = [*_entering(self.switch), "ip", "link", "add", port, "type", "veth"]
+            _quiet([*line, "peer", "name", interface, "netns", str(node.pid)])
+            _quiet([*_entering(self.switch), "ip", "link", "set", port, "master", interface, "up"])
+            node.run("ip", "addr", "add", f"{network}.{node.index + 1}/24", "dev", interface)
+            node.run("ip", "link", "set", interface, "up")
 
     def finish(self, started: Sequence[subprocess.Popen[str]], timeout: float = 120) -> list[subprocess.CompletedProcess[str]]:
         """Wait for commands; kill those that are not done in time and say what they had printed."""

@@ -63,6 +63,24 @@ def of_slurm(net: Any, arguments: Sequence[str], **variables: str) -> list[Any]:
     return started
 
 
+MEET = """
+import os, sys, time, torch
+from drivetrain.strategies.world import World
+world = World.start("cpu", timeout_s=float(sys.argv[1]))
+began = time.monotonic()
+total = world.all_reduce(torch.ones(int(sys.argv[2])))
+world.barrier()
+print(os.environ.get("GLOO_SOCKET_IFNAME"), float(total.mean()), round(time.monotonic() - began, 1), flush=True)
+"""
+
+
+def meeting(net: Any, folder: Path, *options: str, numbers: int = 10, timeout_s: int = 60, **variables: str) -> list[Any]:
+    """Let one rank of each node meet; `options` follow those of `drivetrain run` and win."""
+    (folder / "meet.py").write_text(MEET)
+    arguments = [*options, str(folder / "meet.py"), str(timeout_s), str(numbers)]
+    return net.finish(of_ours(net, arguments, ranks=1, **variables))
+
+
 def wait_for(paths: Sequence[Path], started: Sequence[Any], seconds: float = 120) -> None:
     """Wait until all files are there; fail with what was printed when the job ends before."""
     deadline = time.monotonic() + seconds
@@ -223,3 +241,49 @@ def test_nodes_without_a_common_folder_are_told_so_before_anything_is_lost(nodes
     for ended in net.finish(of_ours(net, [str(JOBS), "train", str(tmp_path / "out.json"), *options])):
         assert ended.returncode in (1, 2, 3)
         assert "shared file system" in ended.stderr, ended.stderr
+
+
+def test_with_two_networks_the_one_of_the_address_is_taken(nodes: Any, tmp_path: Path) -> None:
+    """The host's own name, which gloo goes by, leads to its loopback here, and would lead to the other network elsewhere."""
+    net = nodes(2)
+    net.join_again("fast", "10.88.0")
+    for ended in meeting(net, tmp_path, "--master-addr", "10.88.0.1"):
+        assert ended.returncode == 0, ended.stderr
+    told = [ended.stdout.split()[:2] for ended in meeting(net, tmp_path, "--master-addr", "10.88.0.1")]
+    assert told[0] == ["fast", "2.0"]
+
+
+def test_a_host_whose_name_is_its_loopback_is_told_what_to_set_where_two_networks_are_meant(nodes: Any, tmp_path: Path) -> None:
+    net = nodes(2)
+    net.join_again("fast", "10.88.0")
+    first, second = meeting(net, tmp_path, "--master-addr", "node0", timeout_s=10)
+    assert first.returncode == 2
+    assert "MASTER_ADDR='node0' is 127.0.0.1 on this machine (node0), its loopback" in first.stderr
+    assert "eth0 (10.77.0.1), fast (10.88.0.1)" in first.stderr
+    assert "could not reach node0:29511" in second.stderr
+    named = meeting(net, tmp_path, "--master-addr", "node0", GLOO_SOCKET_IFNAME="fast")
+    assert [ended.returncode for ended in named] == [0, 0], named[0].stderr
+    assert named[0].stdout.split()[:2] == ["fast", "2.0"]
+
+
+def test_nodes_that_were_started_with_other_numbers_are_told_so(nodes: Any, tmp_path: Path) -> None:
+    net = nodes(2)
+    for ended in meeting(net, tmp_path, "--node-rank", "0", timeout_s=10):
+        assert ended.returncode == 1
+        assert "two processes say that they are rank 0: one on node" in ended.stderr
+        assert "Expected each node under a number of its own (--node-rank)" in ended.stderr
+    for ended in meeting(net, tmp_path, "--master-addr", "127.0.0.1", timeout_s=10):
+        assert ended.returncode == 1
+    assert "MASTER_ADDR is this machine's own loopback, and there are 2 nodes: set it to the first one's" in ended.stderr
+
+
+def test_a_slow_line_is_no_lost_node(nodes: Any, tmp_path: Path) -> None:
+    """Half a megabyte over a line of half a megabit takes longer than a node may be silent."""
+    net = nodes(2)
+    for node in net:
+        node.slow_down("512kbit")
+    for ended in meeting(net, tmp_path, numbers=130_000):
+        assert ended.returncode == 0, ended.stderr
+    _, mean, seconds = ended.stdout.split() or ["", "2.0", "0"]
+    print(f"an all-reduce of 0.5 MB over 512 kbit/s: {seconds} s")
+    assert float(mean) == 2.0
