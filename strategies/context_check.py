@@ -205,7 +205,8 @@ def _gather(numbers: Tensor, shared: SharedSequence, device: torch.device) -> Te
 
 _LABELS = (
     "A step that shifts labels by one token loses them at the ends of parts: shift them before, in the data set. A mean over "
-    "parts with different numbers of labels is not the mean of the whole: return {'loss': the sum, 'num_items': how many}. "
+    "parts with different numbers of labels is not the mean of the whole, unless F.cross_entropy takes it: let it, or return "
+    "{'loss': the sum, 'num_items': how many}. "
     "Anything else that looks at neighbouring tokens (a convolution, a pooling, a kernel of its own) needs whole sequences; "
     "attention can be had by drivetrain.context_parallel_attention."
 )

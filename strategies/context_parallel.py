@@ -7,11 +7,12 @@ stays as it is. Everything that treats each token alone needs nothing; what look
     attention             answered (shared_sequence.py); kernels called by name: use `context_parallel_attention`
     positions             `sequence_positions(length, device)`, or a batch that has them; torch.arange(length) is found
     labels                have to be shifted before the step: a step that shifts them loses those at its part's ends
-    the loss              a sum with its num_items is exact; a mean is, when all parts have as many labels that count
+    the loss              a sum with its num_items is exact, and so is a mean by F.cross_entropy or its like: sequence_losses.py;
+                          a mean taken by hand is, when all parts have as many labels that count
 So the first step is verified: a few tokens of its batch go through it whole and shared, and the queries, keys and outputs of
 every attention, and the loss, have to be the same (context_check.py); where they are not, the run is refused with the reason.
-What the first step cannot show: a mean over parts that hold other numbers of labels in a later step (another padding). It is
-the mean of the parts' means then, and not that of the sequence: where labels are ignored, return the sum and its num_items.
+What the first step cannot show: a mean taken by hand (losses[mask].mean()) over parts that hold other numbers of labels in a
+later step. It is the mean of the parts' means then: use F.cross_entropy, or return the sum and its num_items.
 A model called by itself, outside of a step and of `sharing(batch)` (Accelerator.maybe_context_parallel), is not shared: every
 rank of `cp` computes the whole sequences, with the right gradients, and nothing is saved.
 A prediction is not shared: each rank of `cp` computes it whole, so that outputs are whole.

@@ -5,6 +5,8 @@ A module of experts is one with `forward(tokens, counts)`, tokens (N, D) sorted 
 are stacked over the experts: (E, ...). Nothing in it knows of ranks. Under `ep` its forward is
     counts exchanged -> tokens to their experts (all-to-all) -> sorted by expert again -> the module's own forward -> back
 with its own E / ep experts. No token is dropped, whatever the router says.
+Beside tp, whose ranks hold the same tokens, each of them sends its share of these, and all get the outputs of all: an expert's
+gradient is summed over tp then.
 The ranks of ep are taken from those that parameters are sharded over (fsdp = expert_fsdp x ep, mesh.py): an expert's parameters
 are sharded over expert_fsdp, and their gradients, to which the tokens of all ranks have contributed already, are divided by as
 many ranks as those of all other parameters.
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 
 from .activation import read_checkpointing
@@ -73,10 +76,12 @@ class ExpertPart(Part):
 
     def start(self, strategy: ParallelStrategy) -> None:
         super().start(strategy)
-        if self.mesh.size("tp") > 1:
+        option = self.strategy.tensor_parallel
+        if self.mesh.size("tp") > 1 and (option == "sequence" or getattr(option, "sequence_parallel", False)):
             raise ConfigError(
-                f"The plan {self.mesh.plan} has both ep and tp: tokens that the ranks of tp hold alike would be sent to "
-                "the experts once by each. Leave tp out (tp=1), or ep."
+                f"The plan {self.mesh.plan} has ep beside sequence parallel, where a rank of tp has a part of the tokens between "
+                "the matrices, and the router would be cut with them. Leave sp out ('tp:2' in the place of 'tp:2+sp'): experts "
+                "are given each rank's share of the tokens all the same. Or leave ep out."
             )
 
     # -- building -----------------------------------------------------------------------------------------------------
@@ -97,10 +102,11 @@ class ExpertPart(Part):
             )
         group = self.mesh.group("ep")
         assert group is not None, "a part is made for an axis of several ranks"
+        alike = self.mesh.group("tp")
         for path, module in found:
             self._check(path, module, ranks, self.mesh.size("expert_fsdp"))
             self._experts[id(module)] = (path, module)
-            module.forward = functools.partial(_forward, module, module.forward, group)
+            module.forward = functools.partial(_forward, module, module.forward, group, alike)
 
     def _check_shaping(self) -> None:
         """Experts are units of fully_shard inside of blocks: gathered in the middle of what would be one graph."""
@@ -163,9 +169,21 @@ class ExpertPart(Part):
         return [("expert parallel", f"experts over {ranks} ranks, each one's parameters over {shards}: {names}")]
 
 
-def _forward(module: nn.Module, own: Callable[..., Tensor], group: dist.ProcessGroup, tokens: Tensor, counts: Tensor) -> Tensor:
-    """What the module's forward is under ep."""
-    share = functools.partial(torch.mul, other=1 / group.size())
+def _forward(
+    module: nn.Module,
+    own: Callable[..., Tensor],
+    group: dist.ProcessGroup,
+    alike: dist.ProcessGroup | None,
+    tokens: Tensor,
+    counts: Tensor,
+) -> Tensor:
+    """What the module's forward is under ep; the ranks of `alike`, those of tp, have the same tokens."""
+
+    def share(grad: Tensor) -> Tensor:
+        grad = grad * (1 / group.size())
+        if alike is not None:
+            dist.all_reduce(grad, group=alike)
+        return grad
 
     def local(received: Tensor, counts_here: Tensor) -> Tensor:
         # Its parameters are DTensors over ep while they are gathered; its code is given this rank's experts as plain tensors.
@@ -183,7 +201,52 @@ def _forward(module: nn.Module, own: Callable[..., Tensor], group: dist.ProcessG
             for owner, key, parameter in held:
                 owner._parameters[key] = parameter
 
-    return dispatched(local, tokens, counts, group)
+    if alike is None:
+        return dispatched(local, tokens, counts, group)
+    first, share_of, total = alike.rank(), -(-tokens.shape[0] // alike.size()), tokens.shape[0]
+    begin, end = min(first * share_of, total), min((first + 1) * share_of, total)
+    ends = counts.cumsum(0).clamp(begin, end)
+    mine = ends - torch.cat([ends.new_full((1,), begin), ends[:-1]])
+    made = dispatched(local, _Taken.apply(tokens, begin, end, share_of, alike), mine, group)  # pyright: ignore[reportArgumentType]
+    return _Joined.apply(made, begin, end, share_of, total, alike)  # pyright: ignore[reportReturnType]
+
+
+class _Taken(torch.autograd.Function):
+    """Rows `begin` to `end` of what all ranks of a group have alike. The gradient is that of all rows, on all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, begin: int, end: int, share: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.of = share, tokens.shape[0], group
+        return tokens[begin:end].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _join(grad, *ctx.of), None, None, None, None
+
+
+class _Joined(torch.autograd.Function):
+    """The rows of all ranks of a group, on all of them; what follows is the same on all, and so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, made: Tensor, begin: int, end: int, share: int, total: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.of = begin, end
+        return _join(made, share, total, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        begin, end = ctx.of
+        return grad[begin:end], None, None, None, None, None
+
+
+def _join(part: Tensor, share: int, total: int, group: dist.ProcessGroup) -> Tensor:
+    """Return (total, D) of each rank's rows, `share` each but for the last ones."""
+    padded = part.new_zeros((share, *part.shape[1:]))
+    padded[: part.shape[0]] = part
+    whole = part.new_empty((share * group.size(), *part.shape[1:]))
+    dist.all_gather_single(whole, padded, group=group)
+    return whole[:total]
 
 
 def dispatched(experts: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, counts: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -8,6 +8,7 @@ F.scaled_dot_product_attention, torch.arange, and what the modules of the model'
     F.scaled_dot_product_attention          of this rank's queries: all keys of all ranks (sequence_attention.py)
     context_parallel_attention              the same by name, for code that would call a kernel of its own
     sequence_positions, and torch.arange(T) where `replaces_arange`
+    F.cross_entropy and its like                means over the labels of all parts (sequence_losses.py)
 Two names for models: `context_parallel_attention` and `sequence_positions`. Outside of a shared sequence they are torch's own
 attention and torch.arange.
 """
@@ -28,6 +29,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 from .errors import ConfigError
 from .sequence_attention import attention_over_ranks
 from .sequence_layout import SequenceLayout
+from .sequence_losses import MEANS, mean_over_parts
 
 __all__ = ["SharedSequence", "arange_length", "context_parallel_attention", "imported_names", "sequence_positions"]
 
@@ -118,11 +120,12 @@ class SharedSequence:
     def answering_backward(self) -> Iterator[None]:
         """Answer forward passes that run again inside of a backward pass."""
         exchanged = [(vars(F), "scaled_dot_product_attention"), (vars(torch), "arange"), *self.names]
+        exchanged += [(vars(F), func.__name__) for func in MEANS]
         before = [namespace[name] for namespace, name in exchanged]
         _answering.append(self)
         try:
             for (namespace, name), own in zip(exchanged, before, strict=True):
-                namespace[name] = _arange_or_ours if own is _arange else _sdpa_or_ours
+                namespace[name] = _OURS.get(own, _sdpa_or_ours)
             yield
         finally:
             for (namespace, name), own in zip(exchanged, before, strict=True):
@@ -205,6 +208,10 @@ class SharedSequence:
                 return found.to(kwargs.get("dtype") or torch.int64)
         return _arange(*args, **kwargs)
 
+    def mean_loss(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Answer F.cross_entropy and its like."""
+        return mean_over_parts(func, args, kwargs, self.lengths, self.group)
+
     def backward(self, *args: Any, **kwargs: Any) -> None:
         """Answer Tensor.backward inside of a loop's `sharing`."""
         with nullcontext() if self in _answering else self.answering_backward():
@@ -235,6 +242,7 @@ class _Mode(TorchFunctionMode):
 
     def __init__(self, shared: SharedSequence) -> None:
         super().__init__()
+        self.shared = shared
         self.answers: Mapping[Any, Callable[..., Any]] = {
             _sdpa: shared.attend,
             context_parallel_attention: shared.attend_by_name,
@@ -245,6 +253,8 @@ class _Mode(TorchFunctionMode):
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in MEANS:
+            return self.shared.mean_loss(func, *args, **(kwargs or {}))
         answer = self.answers.get(func)
         return (func if answer is None else answer)(*args, **(kwargs or {}))
 
@@ -270,6 +280,21 @@ def _sdpa_or_ours(*args: Any, **kwargs: Any) -> Tensor:
 def _arange_or_ours(*args: Any, **kwargs: Any) -> Tensor:
     shared = _in_backward()
     return _arange(*args, **kwargs) if shared is None else shared.arange(*args, **kwargs)
+
+
+def _mean_or_ours(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def answer(*args: Any, **kwargs: Any) -> Tensor:
+        shared = _in_backward()
+        return func(*args, **kwargs) if shared is None else shared.mean_loss(func, *args, **kwargs)
+
+    return answer
+
+
+_OURS: Mapping[Any, Callable[..., Tensor]] = {
+    _arange: _arange_or_ours,
+    **{func: _mean_or_ours(func) for func in MEANS},
+}
+"""What stands in a backward pass in the place of what; in that of torch's attention, by whichever name, `_sdpa_or_ours`."""
 
 
 def imported_names(model: nn.Module) -> list[tuple[dict[str, Any], str]]:

@@ -79,6 +79,7 @@ def _rows() -> Iterator[Row]:
         yield Row("pp:2", 2, "llama", {"pipeline": schedule}, schedule)
     yield Row("fsdp:2+ep:2", 2, "moe")
     yield Row("fsdp:4+ep:2", 4, "moe")
+    yield Row("fsdp:2+tp:2+ep:2", 4, "moe")
     for strategy in ("fsdp:2+tp:2", "fsdp:2+tp:2+sp", "fsdp:2+pp:2", "fsdp:2+cp:2", "tp:2+pp:2", "cp:2+tp:2"):
         yield Row(strategy, 4)
     if importlib.util.find_spec("deepspeed") is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from drivetrain.strategies.base import make_strategy
-from drivetrain.strategies.context_parallel import ContextParallel
+from drivetrain.strategies.context_parallel import ContextParallel, ContextPart
 from drivetrain.strategies.contract import CASES, MIXED, Case, cases_of, check_strategy
 from drivetrain.strategies.errors import ConfigError, DrivetrainError
 from drivetrain.strategies.shared_sequence import sequence_positions
@@ -368,3 +368,46 @@ def test_a_loop_of_ones_own_shares_its_batch(ranks: Any) -> None:
 def test_options_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(DrivetrainError, match=r"method|positions|sequence_dim"):
         ContextParallel(**wrong)
+
+
+def means(kind: str) -> list[float]:
+    """Two means of one rank's part, as a model may take them, added over the ranks and divided by their number."""
+    world = World.start("cpu")
+    strategy = make_strategy("cp:2", context_parallel=ContextParallel(positions="model"))
+    strategy.start(world)
+    model = nn.Linear(1, 1).double()
+    strategy.prepare({"model": model}, [])
+    (part,) = strategy.parts
+    assert isinstance(part, ContextPart)
+    batch = labelled(kind)
+    with part.sharing(batch) as mine:
+        losses = [f(mine) for f in MEANS_OF]
+    found = [float(world.all_reduce(loss.detach())) / 2 for loss in losses]
+    world.stop()
+    return found
+
+
+def labelled(kind: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(0, 5, (3, 8), generator=generator)
+    if kind == "few":
+        labels[:, 5:] = -100
+    else:  # the first rank's tokens are the first and the last ones
+        labels[:, :2] = labels[:, 6:] = -100
+    return {"x": torch.randn(3, 8, 5, generator=generator, dtype=torch.float64), "y": labels}
+
+
+MEANS_OF: list[Callable[[dict[str, Tensor]], Tensor]] = [
+    lambda b: F.cross_entropy(b["x"].flatten(0, 1), b["y"].flatten()),
+    lambda b: F.cross_entropy(b["x"].mT, b["y"], weight=torch.arange(1.0, 6.0).double(), label_smoothing=0.1),
+    lambda b: nn.NLLLoss()(b["x"].flatten(0, 1).log_softmax(-1), b["y"].flatten()),
+    lambda b: nn.CrossEntropyLoss(ignore_index=1)(b["x"].flatten(0, 1), b["y"].flatten().clamp(min=0)),
+]
+
+
+@pytest.mark.parametrize("kind", ["few", "one rank's"])
+def test_a_mean_is_divided_by_the_labels_of_all_parts(kind: str, ranks: Any) -> None:
+    """Class weights, smoothing and other ignored labels too; a rank may have none at all, whose own mean would be NaN."""
+    truth = [f(labelled(kind)).item() for f in MEANS_OF]
+    for found in ranks(2, means, kind):
+        assert found == pytest.approx(truth, rel=1e-12)

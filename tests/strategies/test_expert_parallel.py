@@ -42,7 +42,14 @@ LONG += [replace(c, steps=4) for c in cases_of("moe", MIXED) if c.name == "bf16-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "size"),
-    [("ep:2", 2), ("fsdp:4+ep:2", 4), ("hsdp:2+ep:2", 4), ("fsdp:2+cp:2+ep:2", 4), ("cp:2+ep:2", 2)],
+    [
+        ("ep:2", 2),
+        ("fsdp:4+ep:2", 4),
+        ("hsdp:2+ep:2", 4),
+        ("fsdp:2+cp:2+ep:2", 4),
+        ("cp:2+ep:2", 2),
+        ("fsdp:2+tp:2+ep:2", 4),
+    ],
 )
 def test_every_case_of_the_suite_passes(strategy: str, size: int, ranks: Any) -> None:
     """Experts over some of the ranks that shard, beside replicas, and over ranks that share a sequence."""
@@ -63,6 +70,9 @@ class Scaled(nn.Module):
         return torch.cat([p @ m * s for p, m, s in zip(parts, self.matrix, self.scale, strict=True)])
 
 
+ROWS = torch.linspace(-1, 1, 42, dtype=torch.float64).view(14, 3)
+
+
 class Routed(nn.Module):
     """Sends tokens to four experts in turn, but to those of `skip`."""
 
@@ -74,26 +84,27 @@ class Routed(nn.Module):
 
     def training_step(self, batch: Tensor) -> Tensor:
         x = self.first(batch)
-        expert = torch.tensor(self.used)[torch.arange(x.shape[0]) % len(self.used)]
+        expert = torch.tensor(self.used)[(batch[:, 0] * 1000).long() % len(self.used)]  # the same token, the same expert
         order = expert.argsort(stable=True)
         counts = torch.bincount(expert, minlength=4)
         return self.mine(x[order], counts).square().sum(-1).mean()
 
 
-def own_experts(skip: tuple[int, ...]) -> tuple[float, dict[str, Tensor], list[int]]:
+def own_experts(skip: tuple[int, ...], words: str) -> tuple[float, dict[str, Tensor], list[int]]:
     world = World.start("cpu", need_group=True)
     torch.manual_seed(0)
-    strategy = make_strategy("fsdp:2+ep:2", expert_parallel=ExpertParallel(modules=["mine"]))
+    plan: Any = {"first": "replicate"}
+    strategy = make_strategy(words, expert_parallel=ExpertParallel(modules=["mine"]), tensor_parallel=plan)
     strategy.start(world)
     model = Routed(skip=skip)
     strategy.prepare({"model": model}, [])
     step = strategy.bind(model, "training_step")
-    loss = step(torch.linspace(-1, 1, 48, dtype=torch.float64).view(16, 3).chunk(2)[world.rank])
+    loss = step(ROWS.chunk(2)[strategy.data_shard[0]])
     strategy.backward(loss)
     grads: dict[str, Any] = {n: p.grad for n, p in model.named_parameters()}
     parameters: list[Any] = list(model.mine.parameters())
     found = (
-        float(world.all_reduce(loss.detach())) / 2,
+        float(world.all_reduce(loss.detach())) / world.size,
         {n: g.full_tensor() for n, g in grads.items()},
         [p.to_local().shape[0] for p in parameters],
     )
@@ -101,14 +112,21 @@ def own_experts(skip: tuple[int, ...]) -> tuple[float, dict[str, Tensor], list[i
     return found
 
 
-@pytest.mark.parametrize("skip", [(), (2, 3)], ids=["all busy", "a rank without tokens"])
-def test_experts_of_ones_own_are_spread_by_name(skip: tuple[int, ...], ranks: Any) -> None:
-    """Losses and gradients of one process; each rank holds half of the experts. Those that nobody uses get gradients of 0."""
+@pytest.mark.parametrize(
+    ("skip", "words", "size"),
+    [((), "fsdp:2+ep:2", 2), ((2, 3), "fsdp:2+ep:2", 2), ((), "fsdp:2+tp:2+ep:2", 4), ((2, 3), "fsdp:2+tp:2+ep:2", 4)],
+    ids=["all busy", "a rank without tokens", "beside tp", "beside tp, a rank without tokens"],
+)
+def test_experts_of_ones_own_are_spread_by_name(skip: tuple[int, ...], words: str, size: int, ranks: Any) -> None:
+    """Losses and gradients of one process; each rank holds half of the experts. Those that nobody uses get gradients of 0.
+
+    Beside tp a rank has 7 tokens, of which it sends 4, and the other of tp 3.
+    """
     torch.manual_seed(0)
     truth = Routed(skip=skip)
-    loss = truth.training_step(torch.linspace(-1, 1, 48, dtype=torch.float64).view(16, 3))
+    loss = truth.training_step(ROWS)
     loss.backward()
-    for found, grads, held in ranks(2, own_experts, skip):
+    for found, grads, held in ranks(size, own_experts, skip, words):
         assert found == pytest.approx(loss.item(), rel=1e-12)
         assert held == [2, 2]
         for name, parameter in truth.named_parameters():

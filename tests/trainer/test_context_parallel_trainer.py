@@ -71,6 +71,8 @@ class Learner(TrainingModule):
         self.seen.append(x.shape[1])
         if self.kind in ("mean", "shifts"):
             return F.cross_entropy(logits, y, ignore_index=-1)
+        if self.kind == "by hand":
+            return F.cross_entropy(logits, y, ignore_index=-1, reduction="none")[y != -1].mean()
         return {"loss": F.cross_entropy(logits, y, ignore_index=-1, reduction="sum"), "num_items": (y != -1).sum()}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -183,9 +185,11 @@ def test_other_models_and_plans_train_as_one_process(
         torch.testing.assert_close(found[0]["weights"][name], weight, rtol=1e-9, atol=1e-11)
 
 
-def test_a_mean_over_equal_parts_is_the_mean(ranks: Any, tmp_path: Path) -> None:
-    found = ranks(2, trained, tmp_path / "2", "cp:2", "mean", 4, data={"padded": False})
-    assert found[0]["losses"] == pytest.approx(plain_losses("mean", padded=False), rel=1e-11)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_mean_is_that_of_the_whole_sequence_in_every_step(padded: bool, ranks: Any, tmp_path: Path) -> None:
+    """Padded, the parts hold other numbers of labels, and others in each step."""
+    found = ranks(2, trained, tmp_path / "2", "cp:2", "mean", 4, data={"padded": padded})
+    assert found[0]["losses"] == pytest.approx(plain_losses("mean", padded=padded), rel=1e-11)
 
 
 def refusal(root: Path, kind: str, options: dict[str, Any], data: dict[str, Any]) -> str:
@@ -202,7 +206,7 @@ def refusal(root: Path, kind: str, options: dict[str, Any], data: dict[str, Any]
         ("table", {}, {}, "the queries of its attention number 0 are different.*sequence_positions"),
         ("sum", {"positions": "model"}, {}, "the queries of its attention number 0 are different"),
         ("shifts", {}, {"padded": False}, "its attention is the same, and the losses of the parts make .*shifts labels"),
-        ("mean", {}, {}, "its attention is the same, and the losses.*num_items"),
+        ("by hand", {}, {}, "its attention is the same, and the losses.*num_items"),
         ("sum", {"keys": ["tokens"]}, {}, "finds no tokens in it"),
         ("sum", {"keys": ["x"]}, {}, ""),
     ],
@@ -210,7 +214,7 @@ def refusal(root: Path, kind: str, options: dict[str, Any], data: dict[str, Any]
         "positions from a table",
         "positions by arange, not replaced",
         "labels shifted inside",
-        "unequal means",
+        "unequal means by hand",
         "no such key",
         "half",
     ],
