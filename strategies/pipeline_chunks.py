@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -117,5 +118,11 @@ def each_tensor(value: Any, function: Callable[[Any], Any], *, kind: type = Tens
     if isinstance(value, tuple | list):
         return type(value)(each_tensor(item, function, kind=kind) for item in value)
     if isinstance(value, dict):
-        return {key: each_tensor(item, function, kind=kind) for key, item in value.items()}
+        found = {key: each_tensor(item, function, kind=kind) for key, item in value.items()}
+        if type(value) is dict:
+            return found
+        own = copy.copy(value)  # what a transformers model returns stays of its class
+        for key, item in found.items():
+            own[key] = item
+        return own
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -36,12 +37,14 @@ class Pipeline:
     """How a model is run as a pipeline.
 
     Args:
-        splits: the names of the modules at which a new stage begins (all stages but the first), or "auto": by cost.
+        splits: the names of the modules at which a new stage begins (all stages but the first); or "auto": by cost; or "measure":
+            by the time that each part takes for a chunk of `example`, forward and backward, before training begins.
         schedule: one of `SCHEDULES`.
         microbatches: chunks that a batch is cut into; "auto": two for each rank of pp.
         stages_per_rank: "auto": 1, or 2 for the schedules that have several.
         cost: (name, module) -> what a part costs, such as its measured time; by default its parameters, tables of embeddings
             aside.
+        example: with splits="measure", a batch as a rank gets it.
         batch_norm: "chunk" lets BatchNorm normalise each chunk by its own statistics, and its running ones take a step for each
             chunk: the numbers of a plain loop over the chunks, not of one over whole batches. None refuses such models.
     """
@@ -51,6 +54,7 @@ class Pipeline:
     microbatches: int | str = "auto"
     stages_per_rank: int | str = "auto"
     cost: Callable[[str, nn.Module], float] | None = None
+    example: Any = None
     batch_norm: str | None = None
 
     def __post_init__(self) -> None:
@@ -74,8 +78,15 @@ class Pipeline:
                 f"Pipeline(schedule={self.schedule!r}, stages_per_rank={n}): that schedule has {takes} stage(s) on each rank. "
                 "Leave stages_per_rank out, or choose another schedule."
             )
-        if isinstance(self.splits, str) and self.splits != "auto":
-            raise ConfigError(f"Pipeline(splits={self.splits!r}): expected 'auto' or a list of names of modules.")
+        if isinstance(self.splits, str) and self.splits not in ("auto", "measure"):
+            raise ConfigError(f"Pipeline(splits={self.splits!r}): expected 'auto', 'measure' or a list of names of modules.")
+        if (self.splits == "measure") != (self.example is not None):
+            raise ConfigError(
+                "Pipeline(splits='measure', example=batch): each part is timed with a batch as training has them, such as "
+                "next(iter(loader)). Give both, or neither."
+            )
+        if self.splits == "measure" and self.cost is not None:
+            raise ConfigError("Pipeline(splits='measure') and cost both say what a part costs. Give one of them.")
 
     def stages(self, ranks: int) -> int:
         """Return how many stages there are on `ranks` ranks."""

@@ -38,6 +38,7 @@ from .pipeline_ties import Ties, find_ties
 
 if TYPE_CHECKING:
     from .mesh import Mesh
+    from .pipeline_split import Link
     from .pipeline_stage import Stage
     from .sharded import Sharded
 
@@ -69,12 +70,21 @@ class PipelinedModel:
     """
 
     def __init__(
-        self, name: str, model: nn.Module, options: Pipeline, mesh: Mesh, device: torch.device, *, own_inputs: bool = True
+        self,
+        name: str,
+        model: nn.Module,
+        options: Pipeline,
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        own_inputs: bool = True,
+        autocast: Callable[[], Any] | None = None,
     ) -> None:
         """Split `model`, and free what other ranks hold.
 
         Args:
             own_inputs: a batch is what the model's pipeline_input takes; otherwise it is the tuple of forward's arguments.
+            autocast: makes the context in which parts are measured, where that was asked for.
         """
         from .pipeline_stage import StageModule
 
@@ -87,14 +97,10 @@ class PipelinedModel:
         self.num_stages, self.num_chunks = options.stages(self.ranks), options.chunks(self.ranks)
         _check_model(name, model, options)
         chain = find_chain(model)
-        given = options.cost
-        costs = [
-            cost_of(model, link) if given is None else sum(given(part, model.get_submodule(part)) for part in link.names)
-            for link in chain
-        ]
+        costs, by = self._costs(chain, mesh, autocast)
         named = not isinstance(options.splits, str)
         self.starts = split_at(chain, list(options.splits), self.num_stages) if named else cut(costs, self.num_stages)
-        self.reason = "as asked for" if named else "chosen: " + ("by the cost given" if options.cost else "by parameters")
+        self.reason = "as asked for" if named else f"chosen: {by}"
         links = [chain[a:b] for a, b in zip(self.starts, [*self.starts[1:], len(chain)], strict=True)]
         self.names = [list(dict.fromkeys(name for link in some for name in link.names)) for some in links]
         total = sum(costs) or 1.0
@@ -114,6 +120,22 @@ class PipelinedModel:
         self.plain: Callable[[Any], Any] = _as_it_is
         """Makes of what a step or a loss returned something that knows nothing of tp: call it before anything is done with it."""
         self._running: _Running | None = None
+
+    def _costs(self, chain: Sequence[Link], mesh: Mesh, autocast: Callable[[], Any] | None) -> tuple[list[float], str]:
+        """What each link costs, and how that is known. Collective where it is measured."""
+        model, given = self.model, self.options.cost
+        if self.options.splits == "measure":
+            from .pipeline_measure import measure
+
+            seconds: list[float] | None = None
+            if mesh.world.rank == 0:
+                inputs = self.chunks(self.options.example)[0].inputs
+                seconds = measure(model, chain, inputs, self.device, autocast=autocast)
+            costs: list[float] = mesh.world.broadcast_json(seconds)
+            return costs, f"by measured time, {sum(costs) * 1e3:.3g} ms for a chunk"
+        if given is not None:
+            return [sum(given(part, model.get_submodule(part)) for part in link.names) for link in chain], "by the cost given"
+        return [cost_of(model, link) for link in chain], "by parameters"
 
     def _rank_of(self, stage: int) -> int:
         place, lap = stage % self.ranks, stage // self.ranks

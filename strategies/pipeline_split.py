@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .errors import ConfigError, suggest
 from .units import choose_units
 
-__all__ = ["Link", "cost_of", "cut", "find_chain", "free", "mark_elsewhere", "split_at"]
+__all__ = ["Link", "cost_of", "cut", "find_chain", "free", "mark_elsewhere", "split_at", "split_between"]
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 
@@ -250,6 +250,34 @@ def cut(costs: Sequence[float], stages: int) -> list[int]:
         i = came[k][i]
         starts.append(i)
     return starts[::-1]
+
+
+def split_between(
+    model: nn.Module, chain: Sequence[Link], costs: Sequence[float], stages: int, no_split: Sequence[str]
+) -> list[str]:
+    """Return the names of the links at which stages begin, by `costs`, and none of them inside a module of a class in `no_split`.
+
+    Raises:
+        ConfigError: no module is of such a class, or too few places are left.
+    """
+    classes = {type(module).__name__ for module in model.modules()}
+    for name in no_split:
+        if name not in classes:
+            raise ConfigError(
+                f"no_split_module_classes: no module of {type(model).__name__} is of a class {name!r}.{suggest(name, classes)} "
+                f"Its classes: {', '.join(sorted(classes))}."
+            )
+    inside = {f"{path}.": path for path, module in model.named_modules() if path and type(module).__name__ in no_split}
+    groups: list[tuple[str, float, str]] = []  # where it begins, what it costs, in which module that stays whole
+    for link, cost in zip(chain, costs, strict=True):
+        name = link.names[0] if link.names else ""
+        whole = next((path for prefix, path in inside.items() if name.startswith(prefix)), "")
+        if groups and ((whole and whole == groups[-1][2]) or not name):  # a function goes with what is before it
+            begin, before, held = groups[-1]
+            groups[-1] = begin, before + cost, held
+        else:
+            groups.append((name, cost, whole))
+    return [groups[i][0] for i in cut([cost for _, cost, _ in groups], stages)[1:]]
 
 
 def split_at(chain: Sequence[Link], splits: Sequence[str], stages: int) -> list[int]:

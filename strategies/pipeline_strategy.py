@@ -108,7 +108,10 @@ class PipelineStrategy(FSDPStrategy):
         self._blocks = self._blocks_of(model)
         chosen = {id(module) for _, module in choose_units(model, self.units)}
         ignored = _parameters_of(name, model, self.ignored_parameters)
-        pipe = PipelinedModel(name, model, self.pipeline, self.mesh, self.device)
+        assert self.precision is not None
+        precision, device = self.precision, self.device
+        autocast = None if precision.autocast_dtype is None else lambda: precision.autocast(device)
+        pipe = PipelinedModel(name, model, self.pipeline, self.mesh, self.device, autocast=autocast)
         self._replaced.update((id(old), (old, new)) for old, new in pipe.replaced)
         units, given = self.units, self.ignored_parameters
         self.units = lambda _, module: id(module) in chosen
@@ -129,11 +132,9 @@ class PipelineStrategy(FSDPStrategy):
             pipe.ties.start_equal(values=self.sync_module_states)
         for buffer in _own_buffers(model, pipe):
             buffer.data = buffer.data.to(self.device)
-        assert self.precision is not None
-        precision, device = self.precision, self.device
         pipe.attach(
             [self._sharded[id(stage)] for stage in pipe.modules],
-            autocast=None if precision.autocast_dtype is None else lambda: precision.autocast(device),
+            autocast=autocast,
             inside=self.inside_pipeline(),
             after=self._after_backward,
             plain=self._plain,
@@ -208,9 +209,6 @@ class PipelineStrategy(FSDPStrategy):
         return found
 
     # -- one micro-batch ----------------------------------------------------------------------------------------------
-    def set_gradient_sync(self, models: Iterable[nn.Module], enabled: bool) -> None:
-        super().set_gradient_sync(self._stages(models) if self._pipelines else models, enabled)
-
     def _after_backward(self, sharded: Sequence[Sharded]) -> None:
         """After a pipeline's backward passes: average the gradients of what is not cut up; let the other axes look at them."""
         group = self.mesh.group("loss")
