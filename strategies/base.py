@@ -309,10 +309,14 @@ class Strategy:
         """Step `optimizer`; return whether it stepped."""
         assert self.precision is not None
         if self._unchecked:
-            self._unchecked = False
-            for compiled in self._compiled:
-                compiled.check()
+            self._check_compiled()
         return self.precision.step(optimizer)
+
+    def _check_compiled(self) -> None:
+        """Look, after the first forward passes, whether what was to be compiled was."""
+        self._unchecked = False
+        for compiled in self._compiled:
+            compiled.check()
 
     # -- state --------------------------------------------------------------------------------------------------------
     def sync_buffers(self, models: Iterable[nn.Module]) -> None:
@@ -359,10 +363,13 @@ class Strategy:
         return source(name)
 
     def load_weights(self, model: nn.Module, folder: Path, *, strict: bool = True) -> list[str]:
-        """Copy the bare weights in `folder` (checkpoint/weights.py) into the user's `model`; return what was skipped."""
+        """Copy the bare weights in `folder` (checkpoint/weights.py) into the user's `model`; return what was skipped.
+
+        Each rank reads what it holds, and nothing else.
+        """
         from .checkpoint.weights import load_weights
 
-        return load_weights(model.state_dict(), folder, strict=strict)
+        return load_weights(model.state_dict(keep_vars=True), folder, strict=strict, place=self.place)
 
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the whole state of the user's `model`, at least on rank 0, under its own names. All ranks call it.

@@ -23,10 +23,7 @@ from . import gradients
 from .checkpoint.layout import Shard
 from .errors import ConfigError
 
-_MAX = dist.AllreduceOptions()  # pyright: ignore[reportPrivateImportUsage]
-_MAX.reduceOp = dist.ReduceOp.MAX  # pyright: ignore[reportAttributeAccessIssue]
-
-__all__ = ["box", "finite", "local", "locals_of", "norm", "piece", "read_like"]
+__all__ = ["box", "local", "locals_of", "norm", "piece", "read_like"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -87,20 +84,6 @@ def norm(
     if not math.isinf(norm_type):
         total = total ** (1.0 / norm_type)
     return total.to(kind if dtype is None else dtype)
-
-
-def finite(pieces: list[Tensor], device: torch.device, group: dist.ProcessGroup | None) -> bool:
-    """Return whether all `pieces` of gradients, on all ranks of `group`, are finite. Collective: one number.
-
-    The group's own all-reduce is called, for torch's function around it is a dozen calls at each step.
-    """
-    found = gradients.nonfinite(pieces, device)
-    if group is not None:
-        group.allreduce([found], _MAX).wait()
-    if found.item():
-        found.zero_()
-        return False
-    return True
 
 
 def box(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

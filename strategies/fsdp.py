@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FSDPStrategy", "HSDPStrategy"]
 
+_MAX = dist.AllreduceOptions()  # pyright: ignore[reportPrivateImportUsage]
+_MAX.reduceOp = dist.ReduceOp.MAX  # pyright: ignore[reportAttributeAccessIssue]
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -125,9 +127,11 @@ class FSDPStrategy(HoldsPieces):
         self._mesh: Mesh | None = None
         self._everyone: tuple[torch.device, dist.ProcessGroup | None] = torch.device("cpu"), None
         self._any_whole = False  # whether a model holds parameters whole
+        self._runs_plain = True  # no further axis has anything to do around a backward pass, or after it
         self._all_sync = True  # whether all models reduce gradients; asked at every step
         self._optimizers = []
         self._sharded: dict[int, Sharded] = {}  # by id of the user's module
+        self._all_sharded: list[Sharded] = []
         # Parameters that the sharded ones took the place of: id -> (old, new). The old ones are kept, without memory, so that no
         # other object gets their id, and an optimizer that was built before can be given the new ones.
         self._replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
@@ -201,6 +205,7 @@ class FSDPStrategy(HoldsPieces):
     def stop(self) -> None:
         """Forget the models. They stay cut up: putting them together again would need every rank, and their whole memory."""
         self._sharded.clear()
+        self._all_sharded = []
         self._replaced.clear()
         self._optimizers.clear()
         if self.precision is not None and getattr(self.precision, "agree", None) is not None:
@@ -254,6 +259,7 @@ class FSDPStrategy(HoldsPieces):
             sharded.run_as_forward(method)
         sharded.hook_forward(None if self.precision.autocast_dtype is None else self.precision.autocast(self.device))
         self._sharded[id(model)] = sharded
+        self._all_sharded = list(self._sharded.values())
         self.precision.sharded(model)
         return model
 
@@ -339,20 +345,36 @@ class FSDPStrategy(HoldsPieces):
         if self.sync_each_batch or (enabled and self._all_sync):
             return
         self._all_sync = False
-        for sharded in [self._sharded[id(m)] for m in models if id(m) in self._sharded] or list(self._sharded.values()):
+        for sharded in [self._sharded[id(m)] for m in self._stages(models) if id(m) in self._sharded] or self._all_sharded:
             sharded.set_sync(enabled)
         if enabled:
             self._all_sync = all(sharded.syncing for sharded in self._sharded.values())
 
+    def _stages(self, models: Iterable[nn.Module]) -> Iterable[nn.Module]:
+        """The modules that were prepared for the user's `models`: of a pipeline, its stages."""
+        return models
+
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Run the backward pass of `loss`; on return each rank has its piece of the mean gradient, unless sync is off."""
         try:
-            loss.backward(**kwargs)
+            if self._runs_plain:
+                loss.backward(**kwargs)
+            else:
+                self._backward_in_parts(loss, **kwargs)
         except Exception:
             self.break_backward()
             raise
         if self._any_whole:
             self.end_backward()
+        if not self._runs_plain:
+            self._after_parts()
+
+    def _backward_in_parts(self, loss: Tensor, **kwargs: Any) -> None:
+        """Run the backward pass of `loss` in what further axes of the mesh want around it."""
+        loss.backward(**kwargs)
+
+    def _after_parts(self) -> None:
+        """What further axes of the mesh do when gradients are there."""
 
     def break_backward(self) -> None:
         """Let the units forget a backward pass that failed."""
@@ -386,11 +408,21 @@ class FSDPStrategy(HoldsPieces):
 
     def gradients_finite(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Return whether the gradients' pieces are finite on all ranks. Collective: one number."""
-        try:  # no call for a gradient
-            pieces: Any = [p.grad._local_tensor for p in parameters if p.grad is not None]  # pyright: ignore[reportAttributeAccessIssue]
+        device, group = self._everyone
+        pieces: list[Tensor] = []
+        try:
+            for parameter in parameters:  # without a call for each
+                if (grad := parameter.grad) is not None:
+                    pieces += (grad._local_tensor,)  # pyright: ignore[reportAttributeAccessIssue]
         except AttributeError:  # some are held whole
             pieces = [dtensors.local(p.grad) for p in parameters if p.grad is not None]
-        return dtensors.finite(pieces, *self._everyone)
+        found = gradients.nonfinite(pieces, device)
+        if group is not None:  # its own all-reduce: torch's function around it is a dozen calls at each step
+            group.allreduce([found], _MAX).wait()
+        if found.item():
+            found.zero_()
+            return False
+        return True
 
     def scale_gradients(self, parameters: Sequence[nn.Parameter], factor: Tensor | float) -> None:
         gradients.scale_(dtensors.locals_of(parameters), factor)
@@ -404,8 +436,11 @@ class FSDPStrategy(HoldsPieces):
 
     def step(self, optimizer: Optimizer) -> bool:
         """Step `optimizer`; what a forward without a backward pass left gathered is stale then, and freed."""
-        stepped = super().step(optimizer)
-        for sharded in self._sharded.values():
+        assert self.precision is not None
+        if self._unchecked:
+            self._check_compiled()
+        stepped = self.precision.step(optimizer)
+        for sharded in self._all_sharded:
             for group in sharded.root_groups:  # asked here, for it is asked at every step, and hardly ever so
                 if sharded.depth or group._sharded_state is not CUT_UP:
                     sharded.renew()

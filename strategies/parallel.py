@@ -70,7 +70,6 @@ class ParallelStrategy(PipelineStrategy):
         self.context_parallel = context_parallel
         self.expert_parallel = expert_parallel
         self.parts: list[Part] = []
-        self._runs_plain = False  # no part has anything to do around a backward pass, or after it
 
     @classmethod
     def from_words(cls, number: str | None, axes: Mapping[str, int]) -> dict[str, Any]:
@@ -182,23 +181,19 @@ class ParallelStrategy(PipelineStrategy):
             )
         return found
 
-    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+    def _backward_in_parts(self, loss: Tensor, **kwargs: Any) -> None:
         """As without further axes, in the contexts that the parts want: what is recomputed is a forward pass."""
-        if self._runs_plain:
-            return super().backward(loss, **kwargs)
-        contexts = [context for part in self.parts if (context := part.inside(None)) is not None]
-        if contexts:
-            with ExitStack() as stack:
-                for context in contexts:
+        with ExitStack() as stack:
+            for part in self.parts:
+                if (context := part.inside(None)) is not None:
                     stack.enter_context(context)
-                super().backward(loss, **kwargs)
-        else:
-            super().backward(loss, **kwargs)
+            loss.backward(**kwargs)
+
+    def _after_parts(self) -> None:
         if self._all_sync:
             for part in self.parts:
                 part.after_backward()
             self._runs_plain = all(type(part).inside is Part.inside or part.inside(None) is None for part in self.parts)
-        return None
 
     def mesh_of(self, path: str, module: nn.Module) -> DeviceMesh:
         for part in self.parts:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .checkpoint.layout import human
 from .checkpoint.together import Together
+from .checkpoint.weights import memory_of
 from .checkpoint.writer import Deferred
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class WholeTensors:
         for name, tensor in own.items():
             shape, dtype = spec(tensor)
             numel = math.prod(shape)
-            kept = first.setdefault(_memory(tensor) if numel else name, name)
+            kept = first.setdefault(memory_of(tensor) if numel else name, name)
             if kept != name:
                 self.tied[name] = kept
             else:
@@ -124,11 +124,10 @@ class WholeTensors:
         if not self._world.is_main:
             self._serve()
             return {}
-        self._warn()
-        found = self._lead(lambda: {name: self._ask(name).cpu() for name in self.sizes})
+        found = self._lead(self._gather_all)
         return {name: found[self.tied.get(name, name)] for name in self._own}
 
-    def _warn(self) -> None:
+    def _gather_all(self) -> dict[str, Tensor]:
         from .placement import free_host_memory
 
         needed, free = sum(self.sizes.values()), free_host_memory()
@@ -138,10 +137,4 @@ class WholeTensors:
                 "save_model writes the same tensors one by one, save_state each rank's pieces.",
                 stacklevel=2,
             )
-
-
-def _memory(tensor: Tensor) -> Any:
-    """What two names of one tensor have in common: its memory, or, where it has none of its own here, the object."""
-    if isinstance(tensor, DTensor) or tensor.is_meta or not tensor.numel():
-        return id(tensor)
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
+        return {name: self._ask(name).cpu() for name in self.sizes}

@@ -140,7 +140,7 @@ class Stepping:
             loss: 0-d: a mean over the micro-batch; or, with `num_items`, a sum over that many items (tokens, say).
         """
         try:
-            if loss.dim() or loss.grad_fn is None:
+            if loss.ndim or loss.grad_fn is None:
                 loss = _checked_loss(loss)
             if self._reads_loss and not math.isfinite(loss.item()):
                 loss = self._loss_not_finite(loss)
@@ -189,7 +189,7 @@ class Stepping:
     def manual_backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Run the backward pass of `loss` from inside a step that optimises manually; gradients of all ranks are averaged."""
         try:
-            if loss.dim() or loss.grad_fn is None:
+            if loss.ndim or loss.grad_fn is None:
                 loss = _checked_loss(loss)
             if self._reads_loss and not math.isfinite(loss.item()):
                 loss = self._loss_not_finite(loss)

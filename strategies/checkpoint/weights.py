@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..errors import CheckpointError, ConfigError
+from ..named_state import Place, Source, whole
 from .urls import UrlPath
 from .writer import Deferred, TensorFile, make_folder, sync_folder, write_json
 
@@ -137,16 +139,23 @@ def open_weights(path: Path | UrlPath) -> Any:
 
 def untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return (tensors that have memory of their own, {other name: the name under which its memory is})."""
-    first: dict[tuple[Any, ...], str] = {}
+    first: dict[Any, str] = {}
     kept: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     for name, tensor in tensors.items():
-        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        key = memory_of(tensor) if tensor.numel() else name
         if first.setdefault(key, name) != name:
             tied[name] = first[key]
         else:
             kept[name] = tensor.detach()
     return kept, tied
+
+
+def memory_of(tensor: Tensor) -> Any:
+    """Return what two names of one tensor have in common: its memory, or, where it has none of its own here, the object."""
+    if isinstance(tensor, DTensor) or tensor.is_meta or not tensor.numel():
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -181,12 +190,18 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def load_weights(
-    tensors: Mapping[str, Tensor], folder: Path, *, strict: bool = True, fill: Callable[[str, Tensor], None] | None = None
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    strict: bool = True,
+    fill: Callable[[str, Tensor], None] | None = None,
+    place: Place = whole,
 ) -> list[str]:
     """Copy the weights in `folder` into `tensors` (a module's state dict), one at a time; return the names that were skipped.
 
     Args:
         fill: takes (name, the whole tensor that was read), where `tensors` are stand-ins of the right shapes for what is filled.
+        place: reads what one of `tensors` is filled with (named_state.py): of a tensor that ranks hold in pieces, its own piece.
     Raises:
         CheckpointError: names missing or in excess, other shapes; nothing was loaded then. With `strict=False` those are skipped.
             Or a file is damaged: what was read before it is loaded.
@@ -225,12 +240,25 @@ def load_weights(
         with torch.no_grad():
             for path, names in wanted.items():
                 with open_weights(path) as file:
+                    source = _source(file)
                     for name in names:
-                        if name not in wrong:
-                            if fill is None:
-                                tensors[name].detach().copy_(file.get_tensor(name))
-                            else:
-                                fill(name, file.get_tensor(name))
+                        if name in wrong:
+                            continue
+                        if fill is None:
+                            tensors[name].detach().copy_(place(tensors[name], name, source))
+                        else:
+                            fill(name, file.get_tensor(name))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"The weights in {folder} cannot be read: {error}.") from None
     return [*missing, *excess, *sorted(wrong)]
+
+
+def _source(file: Any) -> Source:
+    """Read the tensors of an open safetensors file. The file is mapped: of a piece, only its own bytes are read."""
+
+    def read(name: str, *, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> Tensor:
+        if not offset or not shape:
+            return file.get_tensor(name)
+        return file.get_slice(name)[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+
+    return Source(read, shape=lambda name: file.get_slice(name).get_shape(), sliced=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ BIG: dict[str, Any] = {"vocabulary": 64, "dim": 32, "layers": 16, "heads": 4, "k
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that lived at once in storages that were made while it was on."""
+    """The most bytes that lived at once in storages that were made while it was on, and in those of `held`."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.most = 0
         self._seen: set[int] = set()
+        for tensor in held:
+            self._add(_local(tensor).untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -124,6 +127,75 @@ def test_the_count_sees_a_model_that_is_whole() -> None:
     with LiveBytes() as live:
         model = Llama(**BIG)
     assert live.most >= sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+SHARDS = "200KB"
+"""The largest file of an export: a quarter of a layer's files are less."""
+
+
+def write_whole(folder: Path) -> None:
+    from drivetrain import Accelerator
+
+    torch.manual_seed(3)
+    accelerator = Accelerator(strategy="single")
+    accelerator.save_model(accelerator.prepare(Llama(**BIG)), folder, max_shard_size=SHARDS)
+    accelerator.end_training()
+
+
+def peaks_in_life(words: str, source: Path, folder: Path) -> tuple[dict[str, float], bool]:
+    """(the most that this rank held while it built, loaded, saved and exported a model, in models; whether it is rank 0)."""
+    from drivetrain import Accelerator
+
+    accelerator = Accelerator(strategy=words)
+    with torch.device("meta"):
+        model: Any = Llama(**BIG)
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    found: dict[str, float] = {}
+
+    def measure(step: str, action: Any) -> None:
+        gc.collect()
+        with LiveBytes(p for p in model.parameters() if not p.is_meta) as live:
+            action()
+        found[step] = live.most / whole
+
+    measure("build", lambda: accelerator.prepare(model))
+    measure("load_model", lambda: accelerator.load_model(model, source))
+    measure("save_model", lambda: accelerator.save_model(model, folder / "export", max_shard_size=SHARDS))
+    measure("save_state", lambda: accelerator.save_state(folder / "state"))
+    measure("load_state", lambda: accelerator.load_state(folder / "state"))
+    accelerator.save_model(model, folder / "again", max_shard_size=SHARDS)
+    measure("get_state_dict", lambda: accelerator.get_state_dict(model))
+    is_main = accelerator.is_main_process
+    accelerator.end_training()
+    return found, is_main
+
+
+def check_life(words: str, limit: float, ranks: Any, tmp_path: Path) -> None:
+    ranks(1, write_whole, tmp_path / "whole")
+    for found, is_main in ranks(4, peaks_in_life, words, tmp_path / "whole", tmp_path, timeout=120):
+        whole_on_main = found.pop("get_state_dict")
+        assert max(found.values()) < limit, found
+        if is_main:
+            assert whole_on_main > 1, "the measure does not see a model that is whole"
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert len(files) > 4
+    for export in ("export", "again"):
+        assert {path.name: path.read_bytes() for path in (tmp_path / export).iterdir()} == files
+
+
+@pytest.mark.parametrize("words", ["fsdp:2+tp:2"])
+def test_no_rank_holds_the_model_while_it_builds_loads_saves_and_exports(ranks: Any, tmp_path: Path, words: str) -> None:
+    """A quarter and a few tensors: the limit is half of the model, which its whole would break. The export has the same bytes."""
+    check_life(words, 0.5, ranks, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "limit"), [("fsdp", 0.5), ("hsdp", 0.75), ("tp", 0.5), ("pp", 0.5), ("fsdp:2+pp:2", 0.5), ("cp:2+tp:2", 0.5)]
+)
+def test_no_strategy_holds_the_model_anywhere(ranks: Any, tmp_path: Path, words: str, limit: float) -> None:
+    """Under hsdp, with two replicas, a rank's own part is a half."""
+    check_life(words, limit, ranks, tmp_path)
 
 
 LARGE: dict[str, Any] = {"vocabulary": 64, "dim": 256, "layers": 16, "heads": 4, "kv_heads": 4, "hidden": 704}
