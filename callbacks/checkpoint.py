@@ -3,10 +3,11 @@
     Checkpoint()                                        at each epoch's end, and at the end of training; the newest is kept
     Checkpoint("500step", save_top_k=3)                 the three newest
     Checkpoint(monitor="val_loss", save_top_k=2)        after each validation: the two best, and the newest
+    Checkpoint(dirpath="s3://bucket/mine")              in this folder, not in that of the run
 
 Options and attributes have the names and the meaning of Lightning's ModelCheckpoint. What differs: `every` takes typed
-intervals (interval.py); several intervals may be given; `save_last` is on, since it is what a killed run goes on from; where
-the files lie is the run folder's matter. A checkpoint that is not kept is deleted only after a newer one is committed.
+intervals (interval.py); several intervals may be given; `save_last` is on, since it is what a killed run goes on from; a
+checkpoint's name is its step. One that is not kept is deleted only after a newer one is committed.
 The training waits for a copy of the state, not for the disk; a save that fails is raised after the step in which that is known.
 """
 
@@ -16,6 +17,7 @@ import math
 import time
 from collections.abc import Iterable
 from datetime import timedelta
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ..strategies.errors import CheckpointError, ConfigError, unknown_name
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint"]
 
 _OPTIONS = (
-    *("every", "monitor", "mode", "save_top_k", "save_last", "save_on_train_epoch_end", "save_on_train_end"),
+    *("every", "dirpath", "monitor", "mode", "save_top_k", "save_last", "save_on_train_epoch_end", "save_on_train_end"),
     *(
         "save_on_exception",
         "every_n_steps",
@@ -63,6 +65,7 @@ class Checkpoint(Callback):
         self,
         every: str | int | timedelta | Every | Iterable[str | int | timedelta | Every] | None = None,
         *,
+        dirpath: str | PathLike[str] | None = None,
         monitor: str | None = None,
         mode: str = "min",
         save_top_k: int = 1,
@@ -84,6 +87,9 @@ class Checkpoint(Callback):
 
         Args:
             every: one interval or several: "500step" "1ep" "10m" "1e9tok"; a number counts optimizer steps.
+            dirpath: the folder of the checkpoints, or a URL that fsspec knows (memory://, s3://, ...); by default checkpoints/ in
+                the run's own folder (Trainer(root=..., name=...)). It belongs to one run: resume="auto" goes on with what is in
+                it, and a new run is refused there. Several Checkpoints of a run share one.
             monitor: the name of a logged metric. Between two values of it, its last one counts.
             mode: "min" or "max": which values are good.
             save_top_k: how many of the best are kept; without `monitor`, of the newest. 0: none, -1: all.
@@ -105,6 +111,9 @@ class Checkpoint(Callback):
             raise ConfigError(f"Checkpoint(on_error={on_error!r}): expected 'raise' or 'warn'.")
         if type(save_top_k) is not int or save_top_k < -1:
             raise ConfigError(f"Checkpoint(save_top_k={save_top_k!r}): expected a whole number, 0 for none or -1 for all.")
+        if dirpath is not None and not isinstance(dirpath, str | PathLike):
+            raise ConfigError(f"Checkpoint(dirpath={dirpath!r}): expected a folder or a URL.")
+        self.dirpath = dirpath
         self.monitor, self.mode, self.save_top_k, self.save_last = monitor, mode, save_top_k, save_last
         self.save_on_train_end, self.save_on_exception = save_on_train_end, save_on_exception
         self._key, self.wait, self.on_error = key, wait, on_error
@@ -418,9 +427,9 @@ def _position(progress: ProgressView) -> tuple[int, int, int]:
 
 
 def _unknown_option(name: str) -> ConfigError:
-    if name in ("dirpath", "filename", "auto_insert_metric_name", "enable_version_counter"):
+    if name in ("filename", "auto_insert_metric_name", "enable_version_counter"):
         return ConfigError(
-            f"Checkpoint has no {name}: checkpoints lie in <root>/<name>/<run id>/checkpoints/step-00000042. "
-            "Choose the place with Trainer(root=..., name=...): root is a folder, or a URL such as s3://bucket/runs."
+            f"Checkpoint has no {name}: a checkpoint is a folder named for its step, step-00000042, and its metrics stand in it "
+            "(drivetrain ckpt ls shows them). Choose where they lie with Checkpoint(dirpath=...) or Trainer(root=..., name=...)."
         )
     return unknown_name("option", name, _OPTIONS, where="of Checkpoint")

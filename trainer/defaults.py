@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..callbacks.base import Callback
 from ..callbacks.runner import check_callbacks
+from ..strategies.errors import ConfigError
 from ..strategies.named_state import full_numel
 from ..strategies.world import World
 from . import config as configuration
@@ -101,6 +102,22 @@ def store(trainer: Trainer) -> CheckpointStore:
 
     assert trainer.run_folder is not None
     return CheckpointStore(trainer.run_folder.checkpoints, trainer.world)
+
+
+def checkpoint_folder(callbacks: Sequence[Callback]) -> str | None:
+    """Return the one folder that the Checkpoints among `callbacks` name for the run's checkpoints, None if none does.
+
+    Raises:
+        ConfigError: they name different ones.
+    """
+    places = [getattr(c, "dirpath", None) for c in callbacks]
+    given = list(dict.fromkeys(str(place) for place in places if place is not None))
+    if len(given) > 1:
+        raise ConfigError(
+            f"The Checkpoint callbacks name {len(given)} folders: {', '.join(given)}. A run has one: give all the same dirpath, "
+            "or one of them alone."
+        )
+    return given[0] if given else None
 
 
 def announce(trainer: Trainer) -> None:

@@ -5,6 +5,8 @@ a path names a checkpoint, a run folder, or a checkpoints folder, and is taken j
 
 root= may be a URL (memory://, s3://, ...: strategies/checkpoint/url_store.py). The checkpoints lie there, under the same names,
 and there a resume looks for runs; config.yaml, metrics and logs are written to runs/<name>/<id>/ on this machine.
+Checkpoint(dirpath=...), a folder or a URL, takes the place of checkpoints/. There is not one for each run, so it belongs to the
+run whose checkpoints are in it: another one goes on from them, or is refused.
 """
 
 from __future__ import annotations
@@ -46,10 +48,12 @@ class RunFolder:
     notes: list[str] = field(default_factory=list)
     remote: Any = None
     """The run's folder behind a URL, where its checkpoints lie, if root= was one."""
+    elsewhere: Any = None
+    """The folder of its checkpoints, where one was given."""
 
     @property
     def checkpoints(self) -> Path:
-        return (self.remote or self.path) / "checkpoints"
+        return self.elsewhere or (self.remote or self.path) / "checkpoints"
 
 
 def open_run(
@@ -60,12 +64,15 @@ def open_run(
     *,
     create: bool = True,
     own: RunFolder | None = None,
+    elsewhere: str | Path | None = None,
 ) -> RunFolder:
     """Choose the run's folder on rank 0 and tell all ranks; create it unless `create` is False.
 
     Args:
         own: the run whose "last" and "best" are meant, if it has checkpoints; by default the newest of that name.
+        elsewhere: the folder or the URL where the checkpoints lie, if it is not that of the run.
     Raises:
+        ConfigError: a new run is asked for, and `elsewhere` holds the checkpoints of another.
         CheckpointError: `resume` is a path and there is nothing whole, or "auto" found checkpoints and none of them is whole.
     """
     name = name or "default"
@@ -75,28 +82,30 @@ def open_run(
     # Absolute: the working folder may change while the run goes on.
     place = path_of(root).expanduser().absolute()
     local = Path("runs").absolute() if is_url(place) else place
+    there = None if elsewhere is None else path_of(elsewhere).expanduser().absolute()
     if world.is_main:
         try:
-            found = _choose(place, name, resume, create, None if own is None else own.remote or own.path)
+            before = None if own is None else own.remote or own.path
+            found = (
+                _choose(place, name, resume, create, before) if there is None else _choose_in(there, place / name, resume, create)
+            )
             if create:
                 here = _here(path_of(found["path"]), local)
-                for folder in (here, path_of(found["path"])):
-                    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                here.mkdir(parents=True, exist_ok=True)
+                for folder in [here / "checkpoints", path_of(found["path"]) / "checkpoints"] if there is None else [there]:
+                    folder.mkdir(parents=True, exist_ok=True)
                 (here / "finished").unlink(missing_ok=True)
-        except (CheckpointError, OSError) as error:
+        except (CheckpointError, ConfigError) as error:
             found = {"error": str(error), "checkpoint": isinstance(error, CheckpointError)}
+        except OSError as error:
+            found = {"error": f"The run folder cannot be made: {error}. Pass root= another folder.", "checkpoint": False}
     found = world.broadcast_json(found)
     assert found is not None
     if "error" in found:
-        kind = CheckpointError if found["checkpoint"] else ConfigError
-        raise kind(
-            found["error"]
-            if found["checkpoint"]
-            else f"The run folder cannot be made: {found['error']}. Pass root= another folder."
-        )
+        raise (CheckpointError if found["checkpoint"] else ConfigError)(found["error"])
     resume_from = path_of(found["resume_from"]) if found["resume_from"] else None
     path = path_of(found["path"])
-    return RunFolder(name, found["id"], _here(path, local), resume_from, found["notes"], path if is_url(path) else None)
+    return RunFolder(name, found["id"], _here(path, local), resume_from, found["notes"], path if is_url(path) else None, there)
 
 
 def _here(run: Path, local: Path) -> Path:
@@ -152,6 +161,41 @@ def _choose(root: Path, name: str, resume: str | Path | None, create: bool, own:
     if folder == given:
         return fresh(*info.notes, start=info.path)
     return {"id": given.name, "path": str(given), "resume_from": str(info.path), "notes": list(info.notes)}
+
+
+def _choose_in(folder: Path, base: Path, resume: str | Path | None, create: bool) -> dict[str, Any]:
+    """As `_choose`, where the checkpoints lie in `folder`: the run is the one that wrote them."""
+
+    def goes_on(info: CheckpointInfo) -> dict[str, Any]:
+        run = base / str(info.meta.get("run", ""))
+        known = _RUN.fullmatch(run.name) is not None and run.is_dir()
+        path = run if known else _new(base, create)
+        return {"id": path.name, "path": str(path), "resume_from": str(info.path), "notes": list(info.notes)}
+
+    def fresh(note: str) -> dict[str, Any]:
+        path = _new(base, create)
+        return {"id": path.name, "path": str(path), "resume_from": None, "notes": [note] if note else []}
+
+    inside = sorted(path.name for path in folder.glob("step-*")) if folder.is_dir() else []
+    if str(resume) in ("auto", "last", "best"):
+        if not inside and str(resume) == "auto":
+            return fresh(f"no checkpoint in {folder}: starting anew")
+        return goes_on(_best(folder) if str(resume) == "best" else _latest(folder))
+    given = None if resume is None else path_of(resume).expanduser().absolute()
+    if given is not None and given in (folder, folder.parent if folder.name == "checkpoints" else folder):
+        return goes_on(_latest(folder))
+    if given is not None and given.parent == folder and (given / "manifest.json").exists():
+        from ..strategies.checkpoint.reader import Checkpoint
+
+        _check_whole(given)
+        with Checkpoint(given) as checkpoint:
+            return goes_on(checkpoint.info)
+    if inside and create and (given is None or given.exists()):
+        raise ConfigError(
+            f"Checkpoint(dirpath={str(folder)!r}) holds checkpoints of an earlier run already ({inside[0]} to {inside[-1]}), "
+            "which a new one would replace. resume='auto' goes on with them; a new run needs another folder, or an empty one."
+        )
+    return fresh("") if given is None else _choose(base.parent, base.name, resume, create, None)
 
 
 def _new(base: Path, create: bool) -> Path:

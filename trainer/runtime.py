@@ -445,6 +445,7 @@ class Runtime(RollsBack, Facts):
         found.values |= {"due": list(boundary.due), "metrics/last": dict(boundary.metrics)}
         meta = {
             "kind": "run",
+            "run": self.run_folder.id if self.run_folder is not None else "",
             "progress": dict(boundary.progress),
             "metrics": dict(boundary.metrics),
             "plan": {

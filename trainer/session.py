@@ -132,13 +132,19 @@ class Session:
         self._check_fit(module)
         trainer.should_stop, trainer.rolling_back = False, None
         trainer.pending_saves.clear()
+        callbacks = defaults.callbacks(trainer, module)
         trainer.run_folder = open_run(
-            trainer.options["root"], trainer.options["name"], resume, trainer.world, create=defaults.writes(trainer)
+            trainer.options["root"],
+            trainer.options["name"],
+            resume,
+            trainer.world,
+            create=defaults.writes(trainer),
+            elsewhere=defaults.checkpoint_folder(callbacks),
         )
         if defaults.writes(trainer):
             move_output(trainer.root / "logs", trainer.world.rank)
         trainer.accelerator.free_memory()  # what an earlier fit of this trainer prepared; `setup` may already register objects
-        trainer.callbacks, trainer.fitted = defaults.callbacks(trainer, module), module
+        trainer.callbacks, trainer.fitted = callbacks, module
         trainer._tracking = Tracking(defaults.loggers(trainer), jsonl=defaults.writes(trainer), enabled=trainer.world.is_main)
         trainer._store = defaults.store(trainer)
         if defaults.writes(trainer):
@@ -342,7 +348,8 @@ class Session:
             accelerator.prepare_models(models)
         if ckpt_path is not None:
             root, name = trainer.options["root"], trainer.options["name"]
-            folder = open_run(root, name, ckpt_path, trainer.world, create=False, own=trainer.run_folder)
+            there, own = defaults.checkpoint_folder(trainer.callbacks), trainer.run_folder
+            folder = open_run(root, name, ckpt_path, trainer.world, create=False, own=own, elsewhere=there)
             assert folder.resume_from is not None
             with Checkpoint(folder.resume_from) as checkpoint:
                 run_state.load_models(accelerator, checkpoint)

@@ -422,7 +422,8 @@ def test_a_metric_that_may_still_come_is_waited_for_until_the_end(tmp_path: Path
         ({"save_top_k": 1.5}, "save_top_k=1.5"),
         ({"every": "5stpes"}, "no unit 'stpes'"),
         ({"every_n_epochs": 0}, "above 0"),
-        ({"dirpath": "memory://x"}, r"Choose the place with Trainer\(root=.* or a URL such as s3://bucket/runs"),
+        ({"dirpath": 3}, r"dirpath=3.: expected a folder or a URL"),
+        ({"filename": "{epoch}"}, r"has no filename: .* Choose where they lie with Checkpoint\(dirpath=...\) or Trainer\(root="),
         ({"save_topk": 3}, "no option 'save_topk' of Checkpoint. Did you mean 'save_top_k'"),
     ],
 )
