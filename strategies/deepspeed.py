@@ -29,7 +29,7 @@ from . import deepspeed_config, deepspeed_engine, deepspeed_io, deepspeed_native
 from .base import make_precision
 from .deepspeed_held import Held, twin_of
 from .deepspeed_options import DeepSpeedOptions
-from .deepspeed_schedule import DummyOptim, DummyScheduler, check_fixed, make_scheduler
+from .deepspeed_schedule import DummyOptim, DummyScheduler, check_fixed, checked_section, filled_scheduler
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -80,12 +80,11 @@ class DeepSpeedStrategy(DeepSpeedOptions):
         self._choose_weights()
         if self.inference and self.stage in (1, 2):
             raise ConfigError(
-                f"DeepSpeedStrategy(inference=True, stage={self.stage}): stages 1 and 2 cut up gradients and optimizer state, "
-                "of which "
-                "a model that is only evaluated has none. Take stage 3, which cuts up its parameters, or stage 0."
+                f"DeepSpeedStrategy(inference=True, stage={self.stage}): stages 1 and 2 cut up gradients and optimizer state, of "
+                "which a model that is only evaluated has none. Take stage 3, which cuts up its parameters, or stage 0."
             )
         if "nvme" in (self._section(k).get("device") for k in ("offload_optimizer", "offload_param")):
-            deepspeed_engine.check_async_io(world.device)
+            deepspeed_engine.load_async_io(world)
         self._check_kernels(world.device)
         deepspeed_engine.join(world, shared_memory=self.shared_memory)
         if self.precision.scales_loss:
@@ -199,9 +198,8 @@ class DeepSpeedStrategy(DeepSpeedOptions):
         held = owners[0]
         if held.front is not None:
             raise ConfigError(
-                f"The model {names} has an optimizer already. DeepSpeed gives a model one: use its parameter groups, or name "
-                "the parts "
-                "as models of their own."
+                f"The model {names} has an optimizer already. DeepSpeed gives a model one, which steps all of its pieces: use its "
+                "parameter groups, or name the parts as models of their own."
             )
         if held.engine is not None and not self.inference:
             raise ConfigError(f"The model {names} was evaluated before its optimizer was prepared. Prepare the optimizer first.")
@@ -229,17 +227,7 @@ class DeepSpeedStrategy(DeepSpeedOptions):
         config = self._filled(sum(sizes), max(sizes, default=1), model)
         config.pop("optimizer", None)
         if dummy is not None:
-            if not section:
-                raise ConfigError(
-                    "DummyOptim stands for the optimizer of the DeepSpeed JSON, which has no section 'optimizer'. Give it "
-                    "one, or "
-                    "prepare an optimizer of torch."
-                )
-            if not self.stage:
-                raise ConfigError(
-                    "DummyOptim and ZeRO stage 0: nothing is cut up there, so DeepSpeed's optimizer would be torch's own. "
-                    "Prepare an optimizer of torch, or take stage 1, 2 or 3."
-                )
+            section = checked_section(section, self.stage)
             deepspeed_engine.check_locks()
             config["optimizer"] = dummy.fill(section)
             options["model_parameters"] = dummy.asked()
@@ -262,26 +250,11 @@ class DeepSpeedStrategy(DeepSpeedOptions):
         Raises:
             ConfigError: a scheduler of the run's own beside that of the JSON, or a DummyScheduler that stands for none.
         """
-        held, section = self._of(optimizer), self.config.get("scheduler")
-        dummy = scheduler if isinstance(scheduler, DummyScheduler) else None
-        if section and (dummy is None or dummy.lr_scheduler_callable is not None):
-            raise ConfigError(
-                f"The DeepSpeed JSON has a scheduler ({section.get('type')}), and the run brings its own. Prepare "
-                "DummyScheduler(optimizer) for that of the JSON, or take the section out."
-            )
-        if dummy is None or held is None:
-            return
-        if dummy.lr_scheduler_callable is not None:
-            dummy.made = dummy.lr_scheduler_callable(optimizer)
-        elif section:
-            dummy.made = make_scheduler(section, dummy, self.run.get("total_num_steps"))
-        else:
-            raise ConfigError(
-                "DummyScheduler stands for the scheduler of the DeepSpeed JSON, which has no section 'scheduler'. Give it "
-                "one, or say lr_scheduler_callable=, or prepare a scheduler of torch."
-            )
-        held.awaits = ""
-        held.engine.lr_scheduler = dummy.made  # for DeepSpeed's native checkpoints, which hold its state
+        held = self._of(optimizer)
+        made = filled_scheduler(scheduler, optimizer, self.config.get("scheduler"), self.run.get("total_num_steps"))
+        if held is not None and made is not None:
+            held.awaits = ""
+            held.engine.lr_scheduler = made  # for DeepSpeed's native checkpoints, which hold its state
 
     def configured_optimizer(self, model: nn.Module) -> Any:
         """Return stand-ins for the optimizer and the scheduler that the JSON has; None where it has no optimizer."""

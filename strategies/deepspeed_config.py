@@ -212,6 +212,9 @@ def fill(
     # The defaults are 500 million elements: memory that a small model never needs.
     section.setdefault("reduce_bucket_size", max(min(500_000_000, numel), largest))
     section.setdefault("allgather_bucket_size", max(min(500_000_000, numel + numel % 2), 2))
+    offload: Any = section.get("offload_param") or {}
+    if offload.get("device") == "nvme":  # each of its five buffers would be of 100 million elements
+        section["offload_param"] = {"buffer_size": largest + 1024} | {k: v for k, v in offload.items() if v != AUTO}
     made["zero_optimization"] = section
     if weights_in is not None:
         made[weights_in] = {k: v for k, v in dict(config.get(weights_in, {})).items() if v != AUTO} | {"enabled": True}

@@ -160,6 +160,11 @@ def build(world: World, model: nn.Module, config: Mapping[str, Any], **options: 
     """Return the engine of `model`. Collective."""
     deepspeed = library(world.device)
     with _told(world), listening_on_loopback(world.one_node), explained("deepspeed.initialize"):
+        offloads = config["zero_optimization"].get("offload_param") or {}
+        if offloads.get("device") == "nvme" and not any(hasattr(p, "ds_id") for p in model.parameters()):
+            # Here, without dtype=. The engine says one, which 0.19 reads as bfloat16 whatever it is where there is no fp16: fp32
+            # weights would be rounded on their way to the disk.
+            deepspeed.zero.Init(module=model, config_dict_or_path=dict(config))
         return deepspeed.initialize(model=model, config=dict(config), dist_init_required=False, **options)[0]
 
 
@@ -213,14 +218,6 @@ def explained(what: str) -> Iterator[None]:
             f"{what} failed: {text} ({Path(frame.filename).name}:{frame.lineno} of DeepSpeed). Change the option that it names; "
             "the options are those of DeepSpeedStrategy(...), its zero_optimization keys and its config."
         ) from error
-    except (ImportError, RuntimeError, ValueError) as error:
-        text = str(error)
-        if "async_io" in text or "aio" in text.lower() or "libaio" in text:
-            raise ConfigError(
-                "NVMe offload needs DeepSpeed's async_io extension, which cannot be built here: it needs libaio's headers (apt "
-                "install libaio-dev) and a compiler. Install them, or offload to the CPU: offload_optimizer='cpu'."
-            ) from error
-        raise
 
 
 def check_locks() -> None:
@@ -248,19 +245,38 @@ def _locks() -> list[Path]:
     return sorted(p for pattern in ("*/lock", "*/*/lock") for p in Path(root).glob(pattern))
 
 
-def check_async_io(device: torch.device) -> None:
-    """Refuse NVMe offload where DeepSpeed's async_io was not built and cannot be.
+def load_async_io(world: World) -> None:
+    """Load DeepSpeed's async_io, by which it writes to a disk; it is built at the first use, which takes minutes.
 
     Raises:
-        ConfigError: in a sentence, instead of a compiler's output.
+        ConfigError: what is missing, in a sentence, instead of a compiler's output.
     """
-    deepspeed = library(device)
+    deepspeed = library(world.device)
+    from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
+
+    cpu = " Or offload to the CPU: offload_optimizer='cpu'."
+    if getattr(deepspeed.ops, "__installed_ops__", {}).get("async_io", False):  # built when DeepSpeed was installed
+        AsyncIOBuilder().load(verbose=False)
+        return
     if not deepspeed.ops.__compatible_ops__.get("async_io", False):
         raise ConfigError(
             "Offload to 'nvme' needs DeepSpeed's async_io extension, which cannot be built here: libaio's headers (apt install "
-            "libaio-dev) or a compiler are missing. Install them, or offload to the CPU: offload_optimizer='cpu'."
+            f"libaio-dev) or a C++ compiler are missing. Install them.{cpu}"
         )
     check_locks()
+    from torch.utils.cpp_extension import _get_build_directory, is_ninja_available
+
+    if not is_ninja_available():
+        raise ConfigError(
+            f"Offload to 'nvme' builds DeepSpeed's async_io extension by ninja, which is not on the PATH: pip install ninja.{cpu}"
+        )
+    folder = Path(_get_build_directory("async_io", verbose=False))
+    if world.is_main and not (folder / "async_io.so").is_file():
+        print(f"deepspeed: builds its extension async_io in {folder}: minutes, once", flush=True)
+    try:
+        AsyncIOBuilder().load(verbose=False)
+    except Exception as error:
+        raise ConfigError(f"DeepSpeed's async_io extension could not be built in {folder}: {error}.{cpu}") from error
 
 
 def gathered(device: torch.device) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from . import deepspeed_engine, gradients
 from .deepspeed_state import Partitions
+from .deepspeed_swap import keep_gradients
 from .errors import ConfigError
 
 __all__ = ["Held", "trained", "twin_of"]
@@ -85,6 +86,7 @@ class Held:
         self.running = False  # whether a bound step is under way
         self.reads_native = False  # whether DeepSpeed loads its own checkpoint just now
         self.handles: list[Any] = []  # of the hooks that go when this does
+        self.swaps = False  # whether its masters and their state lie on a disk
         self._by_hooks = False  # whether ZeRO's hooks finish a backward pass by themselves
         self._waiting: Any = None
         self._view: Any = None
@@ -105,6 +107,9 @@ class Held:
         if self.stage:
             self.zero = engine.optimizer
             self.parts = Partitions(self.zero, self.stage)
+            self.swaps = bool(getattr(self.zero, "swap_optimizer", False))
+            if self.swaps:
+                keep_gradients(self.zero)
             self._by_hooks = not hasattr(self.zero, "bf16_groups")
             self.zero.set_gradient_accumulation_boundary(False)
             self.handles.append(front.register_load_state_dict_pre_hook(self._refuse_state))
@@ -229,6 +234,14 @@ class Held:
             return False
         if self.settled:
             return True
+        self.settled = True
+        if self.parts is not None:
+            self.parts.rest()
+        if not self.swaps:  # else the averages are in memory until the step takes them over
+            self._finalize()
+        return True
+
+    def _finalize(self) -> None:
         engine = self.engine
         engine._running_engine_step = True  # which is how DeepSpeed knows its accumulation boundary in this mode
         try:
@@ -241,8 +254,6 @@ class Held:
             engine._running_engine_step = False
             if self.zero is not None:
                 self.zero.set_gradient_accumulation_boundary(False)
-        self.settled = True
-        return True
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         if self.parts is None:
@@ -287,8 +298,12 @@ class Held:
         for key in ("grad_scale", "found_inf"):  # how a fused optimizer is told to leave a step out
             if key in vars(front):
                 vars(inner)[key] = vars(front)[key]
+        if self.swaps:
+            self.parts.swapped.close()
+            self._finalize()
         self.zero.step()
         self.zero.zero_grad(set_to_none=True)
+        self.parts.forget()
         applied = not self.zero.overflow
         self.engine.global_steps += 1
         self.engine.micro_steps += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from . import named_state
 from .deepspeed_held import Held
 from .deepspeed_state import Receiver, Stand, Stretch, full_shape, read_stretch, receiver_of, shards, stretch_of
+from .deepspeed_swap import read_piece, write_piece
 from .whole_tensors import WholeTensors
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def state_tensors(
                     tensors[full] = found
             elif hasattr(value, "ds_tensor"):
                 offset, numel = stretch_of(value)
-                if found := shards(cast(Any, value).ds_tensor.view(-1)[:numel], offset, full_shape(value)):
+                if found := shards(read_piece(value)[:numel], offset, full_shape(value)):
                     tensors[full] = found
             else:
                 tensors[full] = value.detach()
@@ -67,6 +68,7 @@ def state_tensors(
                 tensors |= {f"{prefix}/{key}": value for key, value in own.items() if not isinstance(value, tuple) or value}
                 if plain:
                     scalars[names[id(parameter)]] = plain
+        owner.parts.swapped.close()
         values[f"optimizer/{optimizer_name}"] = {"class": type(optimizer).__name__, "param_groups": groups, "scalars": scalars}
     return tensors, values
 
@@ -144,7 +146,7 @@ def _apply(
         if owner is not None and owner.parts is not None and id(value) in owner.parts.pieces:
             owner.parts.fill_weight(value, read)
         elif hasattr(value, "ds_tensor"):
-            value.ds_tensor.view(-1)[: read.numel()].copy_(read)
+            write_piece(value, read)
             if value.ds_status.name == "AVAILABLE":  # a small one, which every rank keeps gathered
                 value.partition()
         else:
@@ -178,11 +180,10 @@ def whole_tensors(held: Held | None, model: nn.Module, world: World) -> WholeTen
 def _whole(held: Held, value: Any, world: World) -> Tensor:
     piece = held.parts.pieces.get(id(value)) if held.parts is not None else None
     if piece is not None and held.parts is not None:
-        master = held.parts.masters[piece.group]
-        stretch, offset = master[piece.start : piece.start + piece.numel].detach(), piece.offset
+        stretch, offset = held.parts.stretch(value)
     elif hasattr(value, "ds_tensor"):
         offset, numel = stretch_of(value)
-        stretch = value.ds_tensor.view(-1)[:numel]
+        stretch = read_piece(value)[:numel]
     else:
         return value.detach()
     shape = full_shape(value)

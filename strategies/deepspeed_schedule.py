@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .errors import ConfigError, UnknownName, suggest
 
-__all__ = ["DummyOptim", "DummyScheduler", "check_fixed", "make_scheduler"]
+__all__ = ["DummyOptim", "DummyScheduler", "check_fixed", "checked_section", "filled_scheduler"]
 
 _AUTO = "auto"
 _OWN = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")  # pinned by test_deepspeed_pins.py
@@ -136,6 +136,34 @@ class DummyScheduler(LRScheduler):
         return f"DummyScheduler({'not prepared' if self.made is None else type(self.made).__name__})"
 
 
+def filled_scheduler(
+    scheduler: Any, optimizer: Optimizer, section: Mapping[str, Any] | None, total: int | Callable[[], int] | None
+) -> Any:
+    """Make what a DummyScheduler stands for, and return it; None for another scheduler, which is the run's own.
+
+    Raises:
+        ConfigError: a scheduler of the run's own beside that of the JSON, or a DummyScheduler that stands for none.
+    """
+    dummy = scheduler if isinstance(scheduler, DummyScheduler) else None
+    if section and (dummy is None or dummy.lr_scheduler_callable is not None):
+        raise ConfigError(
+            f"The DeepSpeed JSON has a scheduler ({section.get('type')}), and the run brings its own. Prepare "
+            "DummyScheduler(optimizer) for that of the JSON, or take the section out."
+        )
+    if dummy is None:
+        return None
+    if dummy.lr_scheduler_callable is not None:
+        dummy.made = dummy.lr_scheduler_callable(optimizer)
+    elif section:
+        dummy.made = make_scheduler(section, dummy, total)
+    else:
+        raise ConfigError(
+            "DummyScheduler stands for the scheduler of the DeepSpeed JSON, which has no section 'scheduler'. Give it "
+            "one, or say lr_scheduler_callable=, or prepare a scheduler of torch."
+        )
+    return dummy.made
+
+
 def make_scheduler(section: Mapping[str, Any], dummy: DummyScheduler, total: int | Callable[[], int] | None) -> Any:
     """Return the scheduler that a section asks for, over the optimizer that `dummy` was made with.
 
@@ -210,6 +238,25 @@ def _class_of(kind: Any) -> type[Any]:
             f"{', '.join(_OWN)}; and torch.optim.lr_scheduler's classes."
         )
     return getattr(torch.optim.lr_scheduler, kind)
+
+
+def checked_section(section: Mapping[str, Any] | None, stage: int) -> Mapping[str, Any]:
+    """Return the section that a DummyOptim stands for.
+
+    Raises:
+        ConfigError: there is none, or a stage without an optimizer of DeepSpeed's own.
+    """
+    if not section:
+        raise ConfigError(
+            "DummyOptim stands for the optimizer of the DeepSpeed JSON, which has no section 'optimizer'. Give it one, or "
+            "prepare an optimizer of torch."
+        )
+    if not stage:
+        raise ConfigError(
+            "DummyOptim and ZeRO stage 0: nothing is cut up there, so DeepSpeed's optimizer would be torch's own. Prepare an "
+            "optimizer of torch, or take stage 1, 2 or 3."
+        )
+    return section
 
 
 def check_fixed(dummy: DummyOptim, section: Mapping[str, Any]) -> list[str]:

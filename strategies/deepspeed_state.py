@@ -10,7 +10,8 @@ is saved, not the 16-bit copies. These names of DeepSpeed are private and pinned
     stages 1, 2   round_robin_bit16_groups, round_robin_bit16_offsets, partition_size, single_partition_of_fp32_groups,
                   averaged_gradients
     stage 1, bf16 bf16_groups, fp32_groups_flat_partition, fp32_groups_gradient_flat_partition
-    stage 3       fp16_groups, grad_position, fp32_partitioned_groups_flat, fp16_partitioned_groups_flat, averaged_gradients
+    stage 3       fp16_groups, grad_position, fp32_partitioned_groups_flat, fp16_partitioned_groups_flat, averaged_gradients,
+                  _offload_boundary_param_ids
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.optim import Optimizer
 
 from . import named_state
 from .checkpoint.layout import Shard
+from .deepspeed_swap import Swapped
 from .errors import ConfigError
 
 __all__ = ["Partitions", "Piece", "boxes", "full_shape", "read_stretch", "shards", "stretch_of"]
@@ -115,6 +117,7 @@ class Partitions:
         self.zero, self.stage = zero, stage
         self.pieces: dict[int, Piece] = {}  # by id of the parameter
         self._alive: list[Any] = []  # the parameters themselves, so that no id is given to another
+        self.swapped = Swapped(zero)
         if stage == 3:
             self._read_stage3()
         elif hasattr(zero, "bf16_groups"):
@@ -171,6 +174,21 @@ class Partitions:
             return self.zero.fp32_groups_flat_partition
         return self.zero.single_partition_of_fp32_groups
 
+    def master(self, group: int, *, change: bool = False) -> Tensor:
+        """Return a flat partition; one that lies on a disk is brought, and stays until another is (or `swapped.close`)."""
+        if self.swapped.has(group):
+            self.swapped.bring(group, change=change)
+        return self.masters[group]
+
+    def stretch(self, parameter: Tensor) -> tuple[Tensor, int]:
+        """Return this rank's piece of the fp32 master of a trained parameter, flat, and where in the parameter it begins."""
+        piece = self.pieces[id(parameter)]
+        found = self.master(piece.group)[piece.start : piece.start + piece.numel].detach()
+        return self._lasting(found, piece.group), piece.offset
+
+    def _lasting(self, found: Tensor, group: int) -> Tensor:
+        return found.clone() if self.swapped.has(group) else found
+
     def options_of(self, group: int) -> int:
         """Which of the optimizer's groups the partition `group` belongs to."""
         return self.zero.sub_group_to_group_id[group] if self.stage == 3 else group
@@ -188,7 +206,7 @@ class Partitions:
             piece = self.pieces.get(id(parameter))
             if piece is None or not piece.numel:
                 continue
-            if self.stage == 3 and not zero.offload_optimizer:
+            if self.stage == 3 and not (zero.offload_optimizer and not zero.swap_optimizer):
                 # A tensor for each parameter: the buffer that ZeRO reduces into.
                 held = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[cast(Any, parameter).ds_id]
                 found.append(held.view(-1)[: piece.numel])
@@ -214,6 +232,27 @@ class Partitions:
             held = zero.averaged_gradients[group] = _Flat(held)
         return held.flat_partition.view(-1)
 
+    def rest(self) -> None:
+        """Let ZeRO copy all gradients to an offloaded optimizer, under stage 3: it leaves out what rested in this window."""
+        if self.stage == 3:
+            held = self.zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+            self.zero._offload_boundary_param_ids.update(key for key in held)
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """After a step, set the gradients to zero where DeepSpeed keeps them.
+
+        It writes the next ones over these, or adds to them after the first micro-batch. A parameter that rests in the next window,
+        or in its first micro-batch, would be stepped with what is left here.
+        """
+        zero = self.zero
+        if self.stage == 3:
+            held = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+            torch._foreach_zero_([g for g in held.values() if g.numel()])
+        elif getattr(zero, "cpu_offload", False):
+            for gradient in [m.grad for m in self.masters if m.grad is not None] + list(zero.accumulated_grads_in_cpu.values()):
+                gradient.zero_()
+
     def clear(self) -> None:
         """Forget all gradients, those of a window that was not stepped on too."""
         zero = self.zero
@@ -226,8 +265,8 @@ class Partitions:
             # A parameter that takes no part in the next window would keep the gradient of this one.
             held = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
             torch._foreach_zero_([g for g in held.values() if g.numel()])
+            zero._offload_boundary_param_ids = set()
             if zero.offload_optimizer:
-                zero._offload_boundary_param_ids = set()
                 zero.reset_cpu_buffers()
         else:
             zero.micro_step_id = -1  # INITIAL_MICRO_STEP_ID
@@ -243,9 +282,7 @@ class Partitions:
     # -- state --------------------------------------------------------------------------------------------------------
     def weight(self, parameter: Tensor) -> tuple[Shard, ...]:
         """Return this rank's piece of the fp32 master of a trained parameter."""
-        piece = self.pieces[id(parameter)]
-        master = self.masters[piece.group]
-        return shards(master[piece.start : piece.start + piece.numel], piece.offset, full_shape(parameter))
+        return shards(*self.stretch(parameter), full_shape(parameter))
 
     def state(self, parameter: Tensor, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (tensors, plain values) of the optimizer's state of a parameter: pieces of what is as long as the partition.
@@ -254,14 +291,14 @@ class Partitions:
             ConfigError: a tensor that is neither as long as the partition nor one number.
         """
         piece = self.pieces[id(parameter)]
-        master = self.masters[piece.group]
+        master = self.master(piece.group)
         tensors: dict[str, Any] = {}
         scalars: dict[str, Any] = {}
         for key, value in self.inner.state.get(master, {}).items():
             if not isinstance(value, Tensor):
                 scalars[key] = value
             elif value.numel() == master.numel() and value.dim():
-                stretch = value.view(-1)[piece.start : piece.start + piece.numel]
+                stretch = self._lasting(value.view(-1)[piece.start : piece.start + piece.numel], piece.group)
                 tensors[key] = shards(stretch, piece.offset, full_shape(parameter))
             elif value.numel() == 1:
                 tensors[key] = value.detach().clone()
@@ -276,19 +313,27 @@ class Partitions:
     @torch.no_grad()
     def fill_weight(self, parameter: Tensor, stretch: Tensor) -> None:
         piece = self.pieces[id(parameter)]
-        self.masters[piece.group][piece.start : piece.start + piece.numel].copy_(stretch)
+        self.master(piece.group, change=True)[piece.start : piece.start + piece.numel].copy_(stretch)
 
     @torch.no_grad()
     def fill_state(self, states: Mapping[int, Mapping[str, Any]]) -> None:
         """Replace the optimizer's state by what was read: id(parameter) -> key -> a stretch (`Stretch`), a number or a value."""
         inner = self.inner
-        for master in self.masters:
-            inner.state.pop(master, None)
+        for group, master in enumerate(self.masters):
+            if not self.swapped.has(group):
+                inner.state.pop(master, None)
+                continue
+            own = inner.state[self.master(group, change=True)]  # its tensors have files, and stay
+            for key, value in list(own.items()):
+                if isinstance(value, Tensor) and value.numel() == master.numel():
+                    value.zero_()
+                else:
+                    del own[key]
         for key, state in states.items():
             piece = self.pieces.get(key)
             if piece is None:
                 continue
-            master = self.masters[piece.group]
+            master = self.master(piece.group, change=True)
             own = inner.state[master]
             for name, value in state.items():
                 if isinstance(value, Stretch):
@@ -311,9 +356,10 @@ class Partitions:
                     zero._update_model_bit16_weights(i)
             return
         zero._partition_all_parameters()
-        for i, master in enumerate(self.masters):
-            zero.fp16_partitioned_groups_flat[i].data.copy_(master.data)
-            zero._unflatten_partitioned_parameters(i)
+        for i in range(len(self.masters)):
+            self.master(i)
+            zero._reassign_or_swap_out_partitioned_parameters(i)
+        self.swapped.close()
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
         zero.invalidate_secondary_tensor()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import deepspeed_engine
 from .deepspeed_held import Held
 from .deepspeed_state import full_shape, stretch_of
+from .deepspeed_swap import read_piece, write_piece
 from .errors import ConfigError
 
 __all__ = ["Gathered", "load_weights", "watch"]
@@ -37,7 +38,7 @@ def put(held: Held, value: Any, whole: Tensor) -> None:
         value.detach().copy_(whole)
         return
     offset, numel = stretch_of(value)
-    value.ds_tensor.view(-1)[:numel].copy_(flat[offset : offset + numel])
+    write_piece(value, flat[offset : offset + numel])
     if value.shape == whole.shape:  # a small one, which every rank keeps gathered, or one inside `gathered`
         value.detach().copy_(whole)
     if held.zero is not None:
@@ -117,5 +118,5 @@ class Gathered:
                 dist.broadcast(parameter.detach(), self.modifier_rank)
             if held is None or held.parts is None or (piece := held.parts.pieces.get(id(parameter))) is None:
                 continue
-            flat = parameter.detach().reshape(-1)[piece.offset :] if cut_up is None else cut_up.view(-1)
+            flat = parameter.detach().reshape(-1)[piece.offset :] if cut_up is None else read_piece(parameter)
             held.parts.fill_weight(parameter, flat[: piece.numel])

@@ -33,13 +33,16 @@ STAGE3 = (
     *("fp16_groups", "grad_position", "get_param_id", "_get_param_partition_rank", "fp32_partitioned_groups_flat"),
     *("fp16_partitioned_groups_flat", "sub_group_to_group_id", "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"),
     *("offload_optimizer", "_offload_boundary_param_ids", "reset_cpu_buffers", "_partition_all_parameters"),
-    *("_unflatten_partitioned_parameters", "persistent_parameters", "invalidate_secondary_tensor", "parameter_offload"),
+    *("_reassign_or_swap_out_partitioned_parameters", "persistent_parameters", "invalidate_secondary_tensor"),
+    *("parameter_offload", "swap_optimizer", "_swappable_optimizer_subgroup", "_optimizer_states_and_gradient_swap_in"),
+    *("_release_swap_buffers", "_writeback_swap_state"),
     "finalize_gradient_accumulation_boundary",
 )
 ENGINE = (
     *("module_forward_pre_hook", "module_forward_post_hook", "allreduce_gradients", "global_steps", "micro_steps"),
     *("save_checkpoint", "load_checkpoint", "destroy"),
 )
+KEEPS = ["parameter", "gradient_offsets", "gradient_tensors"]
 PARAMETER = ("ds_id", "ds_shape", "ds_numel", "ds_tensor", "ds_status", "ds_process_group", "partition", "all_gather")
 
 
@@ -92,3 +95,22 @@ def test_what_no_object_tells_is_in_the_source() -> None:
     assert "_running_engine_step" in inspect.getsource(deepspeed.DeepSpeedEngine)
     assert "see_memory_usage(" in inspect.getsource(bf16_optimizer)
     assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
+
+
+def test_what_swaps_to_a_disk_is_in_the_source() -> None:
+    """Most machines have no libaio, and so no object to ask."""
+    from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_optimizer_swapper, partitioned_param_swapper
+
+    assert "self.unswapped_gradients = {}" in inspect.getsource(optimizer_utils.OptimizerStateSwapInfo)
+    assert "self.swap_params_info = {}" in inspect.getsource(optimizer_utils.OptimizerSwapper)
+    swapper = partitioned_optimizer_swapper.PartitionedOptimizerSwapper
+    assert list(inspect.signature(swapper.swap_out_gradients).parameters)[1:] == KEEPS
+    for name in ("swap_in", "swap_out_and_release", "remove_partition_and_release_buffers"):
+        assert hasattr(partitioned_param_swapper.AsyncPartitionedParameterSwapper, name)
+
+
+def test_the_schedulers_of_the_json_are_deepspeeds() -> None:
+    from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
+    from drivetrain.strategies import deepspeed_schedule
+
+    assert sorted(deepspeed_schedule._OWN) == sorted(VALID_LR_SCHEDULES)
