@@ -346,7 +346,8 @@ class PipelinedModel:
             ),
             ("splits", self.reason),
         ]
-        if _is_own(self.model, "training_step") and _is_own(self.model, "compute_loss"):
+        automatic = getattr(self.model, "automatic_optimization", True)
+        if automatic and _is_own(self.model, "training_step") and _is_own(self.model, "compute_loss"):
             rows.append(("training_step", "not called: the last stage calls compute_loss for each chunk of a batch"))
         for stage, names in enumerate(self.names):
             what = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}" if names else "functions only"

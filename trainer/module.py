@@ -349,6 +349,17 @@ class TrainingModule(nn.Module):
         """Run the backward pass of `loss` under manual optimisation: gradients of all ranks are averaged."""
         self.trainer.accelerator.manual_backward(loss, **kwargs)
 
+    def forward_backward(self, batch: Any) -> Tensor:
+        """Run forward, compute_loss and the backward pass of a batch under manual optimisation; return the loss, a mean.
+
+        It works in a pipeline too, where a step that optimises manually cannot call the model: the schedule runs here.
+        Raises:
+            DataError: compute_loss returned no loss, or a sum with its num_items, which manual optimisation does not take.
+        """
+        from .pipelining import manual_batch
+
+        return manual_batch(self, batch)
+
     def clip_gradients(self, optimizer: Any, gradient_clip_val: float, gradient_clip_algorithm: str = "norm") -> None:
         """Clip the gradients of one prepared optimizer, by "norm" or "value"."""
         accelerator = self.trainer.accelerator

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from .metrics import Metrics
     from .stepping import Stepping
 
-__all__ = ["check_module", "evaluation_step", "train_batch"]
+__all__ = ["check_module", "evaluation_step", "manual_batch", "train_batch"]
 
 
 def check_module(module: nn.Module) -> None:
     """Refuse a module that cannot train under a pipeline.
 
     Raises:
-        ConfigError: it defines no compute_loss, or optimises manually.
+        ConfigError: it defines no compute_loss; or it optimises manually, and defines no training_step.
     """
     name = type(module).__name__
     own = getattr(type(module), "compute_loss", None)
@@ -44,10 +44,11 @@ def check_module(module: nn.Module) -> None:
             f"{name} defines no compute_loss(output, batch), which a pipeline's last stage calls: no rank could run the whole "
             "training_step. Define it (and forward); training_step may then be left out."
         )
-    if not getattr(module, "automatic_optimization", True):
+    own = getattr(type(module), "training_step", None)
+    if not getattr(module, "automatic_optimization", True) and getattr(own, "__qualname__", "").startswith("TrainingModule."):
         raise ConfigError(
-            f"{name} optimises manually (automatic_optimization=False): its training_step would have to run on every stage. "
-            "Define compute_loss and leave the optimizer to the trainer, or leave pp out."
+            f"{name} optimises manually (automatic_optimization=False) and defines no training_step. Define it: it runs on every "
+            "stage, where self.forward_backward(batch) takes the place of calling the model and of manual_backward."
         )
 
 
@@ -118,6 +119,36 @@ def train_batch(stepping: Stepping, pipe: PipelinedModel, batch: Any) -> Any:
     for hook in stepping.after_backward:
         hook()
     return loss if kind == MEAN else {"loss": loss, "num_items": items}
+
+
+def manual_batch(module: Any, batch: Any) -> Tensor:
+    """`TrainingModule.forward_backward`."""
+    accelerator = module.trainer.accelerator
+    if module.automatic_optimization:
+        raise ConfigError(
+            "forward_backward(batch) is for manual optimisation, and the trainer runs the backward pass of what training_step "
+            "returns. Set automatic_optimization = False, or return the loss."
+        )
+    if (pipe := accelerator._pipeline_of(module.compute_loss)) is not None:
+        output = train_batch(accelerator, pipe, batch)
+        if isinstance(output, Mapping):
+            raise _no_sums(module)
+        return output
+    inputs = module.pipeline_input(batch)
+    loss: Any = module.compute_loss(module(*inputs) if isinstance(inputs, tuple) else module(inputs), batch)
+    if isinstance(loss, Mapping):
+        if loss.get("num_items") is not None:
+            raise _no_sums(module)
+        loss = loss.get("loss")
+    module.manual_backward(loss)
+    return loss.detach()
+
+
+def _no_sums(module: Any) -> DataError:
+    return DataError(
+        f"{type(module).__name__}.compute_loss returned a sum with its num_items, and under manual optimisation each loss is a "
+        "mean. Divide it by its count, or leave the optimizer to the trainer."
+    )
 
 
 def _read(module: nn.Module, output: Any) -> tuple[Tensor, Any]:

@@ -392,7 +392,7 @@ class Elsewhere(Words):
 
 def refusal(root: Path, make: Callable[[], Words]) -> str:
     try:
-        fit(root, "pp:2", make=make, global_batch_size=None)
+        fit(root, "pp:2", make=make, global_batch_size=None, gradient_clip_val=None)
     except ConfigError as error:
         return str(error)
     return ""
@@ -400,7 +400,7 @@ def refusal(root: Path, make: Callable[[], Words]) -> str:
 
 @pytest.mark.parametrize(
     ("make", "why"),
-    [(NoLoss, "defines no compute_loss"), (Manual, "optimises manually")],
+    [(NoLoss, "defines no compute_loss"), (Manual, "defines no training_step")],
 )
 def test_modules_that_cannot_train_in_stages_are_refused(make: type[Words], why: str, ranks: Any, tmp_path: Path) -> None:
     for message in ranks(2, refusal, tmp_path, make):
