@@ -31,7 +31,7 @@ class DataLoaderConfiguration:
             for its state, also in workers. Data sets with indices do not need it: their position is a number.
         seed_samples: the random numbers that reading a sample draws (python's, numpy's and torch's global generators)
             depend on (seed, epoch, index) alone: not on workers, ranks or what the training draws. Costs about 5 us a
-            sample in workers and for data sets that draw; about 4 us a batch for others (num_workers=0).
+            sample in workers and for data sets that draw; about 2 us a batch for others (num_workers=0).
         already_sharded: the loader is this rank's own already (a data set that reads its rank itself): take every batch of it.
         uneven: what to do when ranks with their own iterables end at different batches. "join": those without data get
             an empty batch that counts for nothing, until the last rank is done. "drop": all stop with the first.

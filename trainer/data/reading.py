@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, StackDataset, Subset, TensorDataset, default_collate, get_worker_info
 
 from ...strategies.errors import DataError
+from .collate import in_this_process
 from .randomness import Generator, generators, restore, seed_of
 from .sharding import Request
 
@@ -47,6 +48,7 @@ class Reading:
     ) -> None:
         self.dataset = dataset
         self.collate_fn = collate_fn
+        self._collate = in_this_process(collate_fn)
         self.mode = mode
         self.batched = mode == "batch"
         self.seeded = seeded and not draws_nothing(dataset)
@@ -54,13 +56,13 @@ class Reading:
         # Where __getitems__ would only loop as we do, a loop of ours can seed each sample.
         many = None if _loops(dataset) else getattr(dataset, "__getitems__", None)
         self.many = many if callable(many) and self.batched else None
-        self._watched: list[Generator] = []  # all of them in a worker and while probing
+        self._watch([])  # all of them in a worker and while probing
         self._used: list[Generator] = []
         self._probes = _PROBES
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers that are spawned: generators belong to a process."""
-        return {**self.__dict__, "_watched": [], "_used": [], "_probes": _PROBES}
+        return {**self.__dict__, "_watched": [], "_glances": [], "_used": [], "_probes": _PROBES}
 
     # -- reading ------------------------------------------------------------------------------------------------------
     def plain(self, request: Request) -> Any:
@@ -73,8 +75,8 @@ class Reading:
             elif self.batched:
                 data = [self.dataset[sample_index] for sample_index in indices]
             else:
-                return self.collate_fn(self.dataset[indices if self.mode == "whole" else indices[0]])
-            return self.collate_fn(data)
+                return self._collate(self.dataset[indices if self.mode == "whole" else indices[0]])
+            return self._collate(data)
         except Exception as error:
             raise self._explain(error, indices, data) from error
 
@@ -88,13 +90,13 @@ class Reading:
                 data = self.many(indices)
             elif self.mode == "whole":
                 _seed(used, seed_of(key, indices[0], before if self.repeats else None))
-                return self.collate_fn(self.dataset[indices])
+                return self._collate(self.dataset[indices])
             else:
                 data = []
                 for offset, sample_index in enumerate(indices):
                     _seed(used, seed_of(key, sample_index, before + offset if self.repeats else None))
                     data.append(self.dataset[sample_index])
-            return self.collate_fn(data if self.batched else data[0])
+            return self._collate(data if self.batched else data[0])
         except Exception as error:
             raise self._explain(error, indices, data) from error
 
@@ -107,8 +109,13 @@ class Reading:
                 return self._probe(request, every)
             finally:
                 restore(every, saved)
-        watched, used = self._watched, self._used
-        marks = [generator.mark() for generator in watched]
+        used, glances = self._used, self._glances
+        before = [glance() for glance in glances]
+        if before != self._seen:  # somebody else has drawn since the last batch
+            for i, glance in enumerate(before):
+                if glance != self._seen[i]:
+                    self._marks[i] = self._watched[i].mark()
+            self._seen = before
         if used:
             saved = [generator.save() for generator in used]
             try:
@@ -117,37 +124,35 @@ class Reading:
                 restore(used, saved)
         else:
             batch = self.plain(request)
-        for generator, mark in zip(watched, marks, strict=True):
-            if generator.moved(mark):
-                return self._again(request, marks)
-        return batch
+        return batch if [glance() for glance in glances] == before else self._again(request)
 
-    def _again(self, request: Request, marks: list[Any]) -> Any:
+    def _again(self, request: Request) -> Any:
         """The data set draws after all: undo, and read with the generators that it moved seeded as well."""
-        pairs = list(zip(self._watched, marks, strict=True))
-        for generator, mark in pairs:
-            if generator.moved(mark):
+        for generator, mark, seen in zip(self._watched, self._marks, self._seen, strict=True):
+            if generator.glance() != seen:
                 generator.put_back(mark)
-                self._uses(generator)
+                self._used.append(generator)
+        self._watch([generator for generator in self._watched if generator not in self._used])
         return self(request)
 
-    def _uses(self, generator: Generator) -> None:
-        self._used.append(generator)
-        self._watched = [other for other in self._watched if other is not generator]
+    def _watch(self, watched: list[Generator]) -> None:
+        self._watched, self._glances = watched, [generator.glance for generator in watched]
+        self._seen: list[Any] = [None] * len(watched)
+        self._marks: list[Any] = [None] * len(watched)
 
     def _probe(self, request: Request, every: Sequence[Generator]) -> Any:
         """Read a batch with all generators seeded, and note which ones it moves."""
         self._probes -= 1
-        marks: list[Any] = []
+        seen: list[Any] = []
         moved: list[Generator] = []
 
         def note() -> None:
-            moved.extend(generator for generator, mark in zip(every, marks, strict=False) if generator.moved(mark))
+            moved.extend(generator for generator, glance in zip(every, seen, strict=False) if generator.glance() != glance)
 
         def seed(value: int) -> None:
             note()
             _seed(every, value)
-            marks[:] = [generator.mark() for generator in every]
+            seen[:] = [generator.glance() for generator in every]
 
         batch = self.with_seeds(request, [_Seeder(seed)])
         note()
@@ -155,11 +160,12 @@ class Reading:
             if generator in moved and generator not in self._used:
                 self._used.append(generator)
         if self._probes == 0:
-            self._watched = [generator for generator in every if generator not in self._used]
+            self._watch([generator for generator in every if generator not in self._used])
         return batch
 
     def __getitem__(self, request: Request) -> Any:
         """Read a batch in a worker. What goes wrong is handed over as a value: torch would wrap it in three tracebacks."""
+        self._collate = self.collate_fn
         try:
             if not self.seeded:
                 return self.plain(request)
