@@ -110,6 +110,7 @@ class PipelineStrategy(FSDPStrategy):
         ignored = _parameters_of(name, model, self.ignored_parameters)
         assert self.precision is not None
         precision, device = self.precision, self.device
+        precision.look_at(model)
         autocast = None if precision.autocast_dtype is None else lambda: precision.autocast(device)
         pipe = PipelinedModel(name, model, self.pipeline, self.mesh, self.device, autocast=autocast)
         self._replaced.update((id(old), (old, new)) for old, new in pipe.replaced)

@@ -30,6 +30,9 @@ class Precision:
         """Return None where `device` can do this precision, else a sentence with the reason and the nearest that works."""
         return None
 
+    def look_at(self, model: nn.Module) -> None:
+        """Take note of a whole model that a strategy is about to take apart; `convert` is then called for each of its parts."""
+
     def convert(self, model: nn.Module) -> nn.Module:
         """Cast or swap modules before the model is moved and sharded; return the model."""
         return model

@@ -34,7 +34,7 @@ from torch import nn
 from ..errors import ConfigError, MissingDependency, UnknownName, suggest, unknown_name
 from .base import Precision
 from .formats import NumberFormat
-from .linears import Choice, Report, choose
+from .linears import Choice, Chooser, Report
 from .mixed import BF16Mixed
 
 __all__ = ["NEEDED", "RECIPES", "Float8TE", "TERecipe", "block", "current", "missing", "mxfp8", "nvfp4"]
@@ -121,6 +121,7 @@ class Float8TE(Precision):
         self.recipe = TERecipe(scaling=recipe) if isinstance(recipe, str) else recipe
         self.name = RECIPES[self.recipe.scaling][2]
         self.reports: list[Report] = []
+        self._chooser = Chooser(self.recipe)
         self._bf16 = BF16Mixed()
         self._context: _Autocast | None = None
         self._modules: dict[str, Any] = {}
@@ -154,21 +155,29 @@ class Float8TE(Precision):
         grad = NumberFormat(torch.float8_e5m2, how[0]) if hybrid else forward
         return {"input": forward, "weight": forward, "grad": grad}
 
+    @property
+    def _multiple(self) -> int:
+        return 32 if self.recipe.scaling in ("mxfp8", "nvfp4") else 16
+
+    def look_at(self, model: nn.Module) -> None:
+        """Choose among all Linears of `model`."""
+        self._chooser.look_at(model, self._multiple)
+
     def convert(self, model: nn.Module) -> nn.Module:
         """Swap modules of `model` for TransformerEngine's, in place. Parameters stay the same objects under the same names.
 
         Raises:
             ConfigError: none can be swapped.
         """
-        report = choose(model, self.recipe, 32 if self.recipe.scaling in ("mxfp8", "nvfp4") else 16)
+        report, is_part = self._chooser.choose(model, self._multiple)
         own = {name: module for name, module in model.named_modules() if hasattr(module, "fp8_meta")}
-        if not report.converted and not own:
+        if not report.converted and not own and not is_part:
             raise ConfigError(f"precision={self.name!r} found no Linear to convert: {report}. Use precision='bf16-mixed'.")
         te: Any = _load("transformer_engine.pytorch")
         for name, module in own.items():
             module.register_state_dict_post_hook(_without_extra_state)
             self._modules[f"{len(self.reports)}/{name}"] = module
-        for norm, linear in _pairs(model, self.recipe.fuse, report).items():
+        for norm, linear in _pairs(model, self.recipe.fuse, report, is_part=is_part).items():
             self._fuse(model, norm, linear, te)
             report.converted.remove(linear)
             report.fused.append(linear)
@@ -375,7 +384,7 @@ class _Passing(nn.Module):
         return input
 
 
-def _pairs(model: nn.Module, fuse: Mapping[str, str], report: Report) -> dict[str, str]:
+def _pairs(model: nn.Module, fuse: Mapping[str, str], report: Report, *, is_part: bool) -> dict[str, str]:
     """Return the names (norm -> Linear) that `fuse` stands for; the `*` of both sides are filled alike.
 
     Raises:
@@ -386,7 +395,7 @@ def _pairs(model: nn.Module, fuse: Mapping[str, str], report: Report) -> dict[st
     for norm, linear in fuse.items():
         pattern = re.compile(re.escape(norm).replace(r"\*", "(.*)"))
         matches = {name: match for name in norms if (match := pattern.fullmatch(name))}
-        if not matches:
+        if not matches and not is_part:
             raise ConfigError(f"TERecipe(fuse): {norm!r} meets no norm with parameters. There are: {', '.join(norms) or 'none'}.")
         for name, match in matches.items():
             second = linear

@@ -18,6 +18,7 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from .base import Precision
 from .formats import NumberFormat
 from .mixed import BF16Mixed, BF16True
 
-__all__ = ["Choice", "LinearPrecision", "LowPrecisionLinear", "Matmul", "Report"]
+__all__ = ["Choice", "Chooser", "LinearPrecision", "LowPrecisionLinear", "Matmul", "Report"]
 __all__ += ["choose", "layer_errors", "relative_error", "restore", "swap", "verify"]
 
 _SHOWN = 4  # how many names of one kind a line lists
@@ -155,6 +156,31 @@ def choose(model: nn.Module, choice: Choice, multiple: int, name: str = "") -> R
         else:
             report.skipped[n] = reason
     return report
+
+
+class Chooser:
+    """Chooses in a model, or once for all its parts: the first and last Linear of a model are not those of its stages."""
+
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
+        self._reasons: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+    def look_at(self, model: nn.Module, multiple: int) -> Report:
+        """Choose for `model`, whose parts will be asked for."""
+        report = choose(model, self.choice, multiple)
+        for name in (*report.converted, *report.skipped):
+            self._reasons[model.get_submodule(name)] = report.skipped.get(name)
+        return report
+
+    def choose(self, model: nn.Module, multiple: int) -> tuple[Report, bool]:
+        """Return what is chosen of `model`, and whether it is a part of one that was looked at, which may have nothing."""
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        if not self._reasons or any(m not in self._reasons for m in linears.values()):
+            return choose(model, self.choice, multiple), False
+        reasons = {n: self._reasons[m] for n, m in linears.items()}
+        report = Report(type(model).__name__, [n for n, reason in reasons.items() if reason is None])
+        report.skipped = {n: reason for n, reason in reasons.items() if reason is not None}
+        return report, True
 
 
 def _reason(name: str, module: nn.Linear, choice: Choice, multiple: int, ends: set[str]) -> str | None:
@@ -299,6 +325,7 @@ class LinearPrecision(Precision):
 
     def __init__(self, choice: Choice, base: str | Precision = "bf16-mixed") -> None:
         self.choice = choice
+        self._chooser = Chooser(choice)
         bases = {"bf16-mixed": BF16Mixed, "bf16-true": BF16True, "fp32": Precision}
         if isinstance(base, str) and base not in bases:
             raise ConfigError(
@@ -324,6 +351,14 @@ class LinearPrecision(Precision):
         self._device = device
         return self.device_reason(device) or self.base.available(device)
 
+    def look_at(self, model: nn.Module) -> None:
+        """Choose among all Linears of `model`.
+
+        Raises:
+            ConfigError: none can be converted.
+        """
+        self._require(self._chooser.look_at(model, self.make_matmul(self._device).multiple))
+
     def convert(self, model: nn.Module) -> nn.Module:
         """Convert the Linears of `model` that can be, and prove that it did something.
 
@@ -331,18 +366,22 @@ class LinearPrecision(Precision):
             ConfigError: none can be (the reasons are listed), or `verify` finds a fault.
         """
         matmul = self.make_matmul(self._device)
-        report = choose(model, self.choice, matmul.multiple)
+        report, is_part = self._chooser.choose(model, matmul.multiple)
+        if not is_part:
+            self._require(report)
+        model = self.base.convert(model)
+        swap(model, report.converted, matmul)
+        verify(model, report, self.name, self.limits, self._device)
+        self.reports.append(report)
+        return model
+
+    def _require(self, report: Report) -> None:
         if not report.converted:
             why = "it has none" if not report.skipped else f"it has {str(report).partition('; ')[2]}"
             raise ConfigError(
                 f"precision={self.name!r} found no Linear to convert in {report.model}: {why}. It would train in "
                 f"{self.base.name}, which is not what was asked for. {self.advice(report)}"
             )
-        model = self.base.convert(model)
-        swap(model, report.converted, matmul)
-        verify(model, report, self.name, self.limits, self._device)
-        self.reports.append(report)
-        return model
 
     def advice(self, report: Report) -> str:
         """What to do about a model in which nothing can be converted."""

@@ -24,7 +24,7 @@ from drivetrain.strategies.precision import float8_te
 from drivetrain.strategies.precision.float8_te import RECIPES, Float8TE, TERecipe
 from drivetrain.strategies.precision.msamp import Float8MSAMP, MSAMPRecipe
 from drivetrain.strategies.world import World
-from tiny_gpt import TinyGPT, train
+from tiny_gpt import StagedGPT, TinyGPT, train
 from torch import Tensor, nn
 
 try:
@@ -344,16 +344,31 @@ def test_modules_of_transformer_engine_that_the_user_built_are_taken_as_they_are
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # torch's own, of any module whose step returns a view
-def test_largest_values_are_reduced_over_the_ranks_of_the_mesh(stand_in: Any, ranks: Any, tmp_path: Path) -> None:
-    def one_rank() -> tuple[list[float], list[int]]:
+@pytest.mark.parametrize(
+    ("strategy", "groups"),
+    [
+        ("fsdp", [[0, 1], [0, 1]]),
+        ("pp:2", [[0], [1]]),  # the stages have other layers: their values are none of each other's
+        pytest.param("ddp:2+pp:2", [[0, 1], [0, 1], [2, 3], [2, 3]], marks=pytest.mark.slow),
+        pytest.param("hsdp:2", [[0, 1, 2, 3]] * 4, marks=pytest.mark.slow),
+    ],
+)
+def test_largest_values_are_reduced_over_the_ranks_that_have_the_same_layers(
+    stand_in: Any, strategy: str, groups: list[list[int]], ranks: Any, tmp_path: Path
+) -> None:
+    def one_rank() -> tuple[list[float], list[int], list[str]]:
         precision = Float8TE()
-        losses = train(precision, tmp_path, steps=2, batch_size=4, strategy="fsdp").losses
+        losses = train(precision, tmp_path, steps=2, batch_size=4, strategy=strategy, model=StagedGPT()).losses
         assert precision._context is not None
-        return losses, torch.distributed.get_process_group_ranks(precision._context.group)
+        converted = [n for report in precision.reports for n in report.converted]
+        return losses, torch.distributed.get_process_group_ranks(precision._context.group), converted
 
-    for losses, group in ranks(2, one_rank):
-        assert losses[1] < losses[0]
-        assert group == [0, 1]
+    found = ranks(len(groups), one_rank)
+    assert [group for _, group, _ in found] == groups
+    assert all(losses[1] < losses[0] for losses, _, _ in found)
+    whole = Float8TE()
+    whole.convert(TinyGPT())
+    assert sorted({n for _, _, names in found for n in names}) == sorted(whole.reports[0].converted)
 
 
 def test_primary_weights_in_float8_are_refused_with_what_saves_memory() -> None:

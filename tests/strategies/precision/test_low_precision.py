@@ -13,11 +13,12 @@ import torch
 from drivetrain import Callback
 from drivetrain.strategies.base import Strategy, make_precision
 from drivetrain.strategies.errors import ConfigError
+from drivetrain.strategies.precision.float8_ao import Float8AO, Float8Recipe
 from drivetrain.strategies.precision.linears import LinearPrecision, LowPrecisionLinear, restore
 from drivetrain.strategies.registry import PRECISIONS
 from drivetrain.strategies.world import World
 from safetensors.torch import load_file
-from tiny_gpt import TinyGPT, data, train
+from tiny_gpt import StagedGPT, TinyGPT, data, train
 
 pytestmark = pytest.mark.skipif(find_spec("torchao") is None, reason="waits for torchao: pip install 'drivetrain[ao]'")
 
@@ -99,6 +100,25 @@ def test_two_ranks_train_near_one_and_resume_bit_for_bit(name: str, strategy: st
     assert (resumed_first, resumed_second) == (first[4:], second[4:])
     mean = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
     assert max(abs(a - b) for a, b in zip(mean, single.losses, strict=True)) < TOLERANCE[name]
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize("skip", [(), ("head",), ("blocks.1.*", "head")])
+def test_stages_of_a_pipeline_convert_what_the_whole_model_converts(skip: tuple[str, ...], ranks: Any, tmp_path: Path) -> None:
+    """The first and last Linear of a stage are none of the model's, a pattern need not meet a Linear of each stage."""
+
+    def make() -> Float8AO:
+        return Float8AO(Float8Recipe(skip=skip))
+
+    def one_rank(strategy: str) -> tuple[list[float], list[str]]:
+        precision = make()
+        losses = train(precision, tmp_path, steps=4, strategy=strategy, model=StagedGPT()).losses
+        return losses, [n for report in precision.reports for n in report.converted]
+
+    truth, wanted = one_rank("single")
+    found = ranks(2, one_rank, "pp:2", timeout=120)
+    assert sorted(n for _, names in found for n in names) == sorted(wanted)
+    assert all(losses == pytest.approx(truth, abs=0.02) for losses, _ in found)  # each chunk of a batch has scales of its own
 
 
 @pytest.mark.parametrize("name", NAMES)
