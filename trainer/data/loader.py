@@ -9,6 +9,7 @@ Read `Loader.__iter__`; sharding.py says which samples come, sources.py from whe
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -309,6 +310,11 @@ class Loader:
                 f"{samples} samples. "
                 "Expected the data set of the saved run. Give it the same data, or resume from the end of an epoch."
             )
+        if samples is not None and found["position"] > samples:
+            raise CheckpointError(
+                f"The checkpoint stands at sample {found['position']} of {samples}, which is behind the end. Expected what "
+                "state_dict() returned."
+            )
         return found
 
     # -- for skip_first_batches and prepare_loader --------------------------------------------------------------------
@@ -365,7 +371,7 @@ def prepare_loader(
     if isinstance(loader, Loader):
         raise ConfigError("This loader is prepared already. Prepare each loader once, and keep what prepare returned.")
     config = config or DataLoaderConfiguration()
-    source = build(loader, world=world, shard=shard, config=config, seed=seed)
+    source = build(loader, world=world, shard=shard, config=config, seed=operator.index(seed))
     device = torch.device(device)
     if transfer is None and device.type != "cpu":
         transfer = to_device(device, non_blocking=config.non_blocking)
@@ -388,8 +394,8 @@ def skip_first_batches(loader: Loader, num_batches: int) -> Loader:
     """
     if not isinstance(loader, Loader):
         raise ConfigError(f"skip_first_batches got a {type(loader).__name__}; expected a loader that prepare returned.")
-    if num_batches < 0:
-        raise ConfigError(f"skip_first_batches got num_batches={num_batches}; expected 0 or more.")
+    if not isinstance(num_batches, int) or isinstance(num_batches, bool) or num_batches < 0:
+        raise ConfigError(f"skip_first_batches got num_batches={num_batches!r}; expected 0 or more.")
     return loader._skipping(num_batches)
 
 

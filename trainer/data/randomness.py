@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import operator
 import random
 import struct
 import sys
@@ -45,7 +46,7 @@ def mix(a: int, b: int) -> int:
 def seed_of(key: int, index: Any, position: int | None) -> int:
     """Return the seed of one sample. `position` tells apart the times that an index comes in one epoch."""
     try:
-        seed = mix(key, index)
+        seed = mix(key, operator.index(index))  # samplers give numpy's numbers and tensors as well
     except TypeError:  # a key that is a name or a tuple; hash() of text differs between processes
         seed = mix(key, zlib.crc32(repr(index).encode()))
     return seed if position is None else mix(seed, position)

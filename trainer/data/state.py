@@ -73,7 +73,7 @@ def check(state: Any, kind: str) -> dict[str, Any]:
         and state.get("kind") in _KINDS
         and all(_natural(state.get(n)) for n in ("version", "epoch", "position"))
     )
-    if not fine or not isinstance(state.get("seed"), int):
+    if not fine or not isinstance(state.get("seed"), int) or not _fits(state):
         raise CheckpointError(
             f"This is not the state of a prepared loader: {state!r:.200}. Expected what its state_dict() returned."
         )
@@ -87,6 +87,23 @@ def check(state: Any, kind: str) -> dict[str, Any]:
             f"The checkpoint's loader read {was}, this one reads {now}. Expected the same data. Give the loader of the saved run."
         )
     return dict(state)
+
+
+def _fits(state: Mapping[str, Any]) -> bool:
+    """Whether what a stream's state has beside its position is of the kinds that its state_dict gives."""
+    parts = state.get("parts", [])
+    if not isinstance(parts, list) or not all(
+        isinstance(part, Mapping) and {"batches", "samples"} <= set(part) for part in parts
+    ):
+        return False
+    owns = [part["own"] for part in (state, *parts) if "own" in part]
+    counts = ("ranks", "shard", "shards", "workers", "batches", "samples", "micro_batches")
+    return (
+        all(_natural(part[name]) for part in (state, *parts) for name in counts if part.get(name) is not None)
+        and state.get("ranks") != 0
+        and all(isinstance(own, Mapping) and {"batches", "samples", "state"} <= set(own) for own in owns)
+        and all(_natural(own[name]) for own in owns for name in ("batches", "samples"))
+    )
 
 
 def _natural(value: Any) -> bool:

@@ -355,3 +355,24 @@ def test_one_of_several_states_is_not_enough_and_says_so(ranks: Any) -> None:
         loader.load_state_dict(states[1])
     with pytest.raises(CheckpointError, match=r"cut into 2 parts, into which it cannot be cut now"):
         prepare_loader(DataLoader(Plain(), batch_size=2)).load_states(states)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"parts": 3},
+        {"parts": [{}]},
+        {"parts": [{"batches": 1, "samples": -2}]},
+        {"own": 3},
+        {"own": {"batches": 1}},
+        {"shards": "x"},
+        {"workers": 1.5},
+        {"micro_batches": "x"},
+        {"ranks": 0},
+    ],
+)
+def test_a_state_that_is_not_well_formed_is_refused_as_such(wrong: dict[str, Any]) -> None:
+    loader = prepare_loader(DataLoader(Plain(), batch_size=2))
+    next(iter(loader))
+    with pytest.raises(CheckpointError, match="This is not the state of a prepared loader"):
+        loader.load_state_dict(loader.state_dict() | wrong)

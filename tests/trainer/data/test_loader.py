@@ -152,6 +152,10 @@ def test_resuming_reads_no_data() -> None:
         ),
         ({"version": 1, "kind": "indexed", "epoch": 0, "position": -3, "seed": 0}, "is not the state of a prepared loader"),
         (
+            {"version": 1, "kind": "indexed", "epoch": 0, "position": 24, "seed": 0, "samples": 22},
+            "which is behind the end",
+        ),
+        (
             {"version": 1, "kind": "indexed", "epoch": 0, "position": 3, "seed": 0, "samples": 30},
             "stands at sample 3 of 30, and this data set has 22 samples",
         ),

@@ -169,6 +169,21 @@ def test_data_sets_with_getitems_are_seeded_by_batch() -> None:
     assert runs[0] == runs[1]
 
 
+@pytest.mark.parametrize("kind", ["numpy", "tensor", "batches of tensors"])
+def test_indices_may_be_numbers_of_numpy_or_torch(kind: str) -> None:
+    """Samplers give what `np.random.permutation` or `torch.randperm` made."""
+    order = [5, 1, 3, 0]
+    given: Any = {
+        "numpy": {"sampler": list(np.array(order)), "batch_size": 2},
+        "tensor": {"sampler": list(torch.tensor(order)), "batch_size": 2},
+        "batches of tensors": {"batch_sampler": list(torch.tensor(order).view(2, 2))},
+    }[kind]
+    plain = {"sampler": order, "batch_size": 2}
+    runs = [by_index(prepare_loader(DataLoader(Augmented("torch"), **options), seed=3)) for options in (given, plain)]
+    assert runs[0] == runs[1]
+    assert sorted(runs[0]) == sorted(order)
+
+
 def test_seeding_can_be_switched_off() -> None:
     config = DataLoaderConfiguration(seed_samples=False)
     loader = prepare_loader(DataLoader(Augmented("torch"), batch_size=4), config=config)
