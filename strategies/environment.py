@@ -1,9 +1,10 @@
 """What this process is told about the others: its rank, how many there are, and where they meet.
 
-Only this file reads rank variables. Four launchers are understood, tried in this order:
+Only this file reads rank variables. Five launchers are understood, tried in this order:
     RANK, WORLD_SIZE, ...               torchrun, `drivetrain run`, Kubernetes operators, a hand-written launcher
     SLURM_PROCID, SLURM_STEP_ID, ...    srun (a batch script or an `salloc` shell is no rank: it has no step of several tasks)
     OMPI_COMM_WORLD_RANK, ...           mpirun of Open MPI
+    PMI_RANK, PMI_SIZE, ...             mpiexec of MPICH, Intel MPI and their kin
     nothing                             one process, alone
 Read `read_environment` first. Junk in a variable is never guessed around: it is a ConfigError that names variable and value.
 """
@@ -30,6 +31,10 @@ VARIABLES = {
 }
 
 LOOPBACK = "127.0.0.1"
+
+# The names of rank, size, rank on the node, size on the node.
+_OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+_MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,16 @@ def read_environment(environ: Mapping[str, str] | None = None) -> RankEnvironmen
     """
     env = os.environ if environ is None else environ
     if "RANK" in env or "WORLD_SIZE" in env:
-        return _check(_from_rank_variables(env))
+        found = _check(_from_rank_variables(env))
+        if found.launcher == "variables":
+            _check_against_others(found, env)
+        return found
     if "SLURM_PROCID" in env and ("SLURM_STEP_ID" in env or "SLURM_STEP_NUM_TASKS" in env):
         return _check(_from_slurm(env))
     if "OMPI_COMM_WORLD_RANK" in env:
-        return _check(_from_open_mpi(env))
+        return _check(_from_mpi(env, *_OPEN_MPI))
+    if "PMI_RANK" in env and env.get("PMI_SIZE", "1").strip() != "1":
+        return _check(_from_mpi(env, *_MPICH))
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         if name in env:
             raise ConfigError(
@@ -243,34 +253,54 @@ def _from_slurm(env: Mapping[str, str]) -> RankEnvironment:
     )
 
 
-def _from_open_mpi(env: Mapping[str, str]) -> RankEnvironment:
-    size = _integer(env, "OMPI_COMM_WORLD_SIZE", low=1)
-    rank = _integer(env, "OMPI_COMM_WORLD_RANK", low=0, below=size, below_name="OMPI_COMM_WORLD_SIZE")
-    local_size = _integer(env, "OMPI_COMM_WORLD_LOCAL_SIZE", default=size, low=1)
+def _from_mpi(
+    env: Mapping[str, str], rank_name: str, size_name: str, local_rank_name: str, local_size_name: str
+) -> RankEnvironment:
+    size = _integer(env, size_name, low=1)
+    rank = _integer(env, rank_name, low=0, below=size, below_name=size_name)
+    local_size = _integer(env, local_size_name, default=size, low=1)
     job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or ""
+    give = "mpirun -x MASTER_ADDR=<first node> -x MASTER_PORT=29500"
+    if rank_name == "PMI_RANK":
+        give = "mpiexec -genv MASTER_ADDR <first node> -genv MASTER_PORT 29500"
     if local_size < size and not env.get("MASTER_ADDR"):
         raise ConfigError(
-            f"OMPI_COMM_WORLD_SIZE={size} with {local_size} ranks on this node, but MASTER_ADDR is not set: the ranks of "
-            "several nodes need an address to meet at. Start with `mpirun -x MASTER_ADDR=<first node> -x MASTER_PORT=29500`."
+            f"{size_name}={size} with {local_size} ranks on this node, but MASTER_ADDR is not set: the ranks of "
+            f"several nodes need an address to meet at. Start with `{give}`."
         )
     if size > 1 and not job and not env.get("MASTER_PORT"):
         raise ConfigError(
-            f"OMPI_COMM_WORLD_SIZE={size}, but neither MASTER_PORT nor PMIX_NAMESPACE is set: the ranks need one port to "
-            "meet at. Start with `mpirun -x MASTER_PORT=29500`."
+            f"{size_name}={size}, but neither MASTER_PORT nor PMIX_NAMESPACE is set: the ranks need one port to "
+            f"meet at. Start with `{give}`."
         )
     return RankEnvironment(
         rank=rank,
         size=size,
-        local_rank=_integer(
-            env, "OMPI_COMM_WORLD_LOCAL_RANK", default=rank % local_size, low=0, below=local_size,
-            below_name="OMPI_COMM_WORLD_LOCAL_SIZE",
-        ),
+        local_rank=_integer(env, local_rank_name, default=rank % local_size, low=0, below=local_size, below_name=local_size_name),
         local_size=local_size,
         node_rank=rank // local_size,
         address=env.get("MASTER_ADDR") or LOOPBACK,
         port=_integer(env, "MASTER_PORT", default=_derived_port(job), low=1, below=65536),
         launcher="mpi",
-    )  # fmt: skip
+    )
+
+
+def _check_against_others(found: RankEnvironment, env: Mapping[str, str]) -> None:
+    """Refuse RANK and WORLD_SIZE that another launcher contradicts: left over in a shell, they make each of its tasks rank 0.
+
+    Where torchrun or our agent was started in each task, they say what is a rank.
+    """
+    for rank_name, size_name in (
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+        *((names[0], names[1]) for names in (_OPEN_MPI, _MPICH)),
+    ):
+        tasks = _integer(env, size_name, default=1, low=1)
+        if rank_name in env and tasks > found.size:
+            raise ConfigError(
+                f"WORLD_SIZE={found.size} and RANK={found.rank} are set, and so are {size_name}={tasks} and "
+                f"{rank_name}={env[rank_name]}: {tasks} tasks cannot be {found.size} rank{'s' * (found.size > 1)}. Unset RANK "
+                f"and WORLD_SIZE to train on all of them, or {rank_name} where each is to train alone."
+            )
 
 
 def _check(found: RankEnvironment) -> RankEnvironment:

@@ -53,6 +53,21 @@ def choose_interface(address: str, port: int, named: str | None = None) -> Inter
     return Interface(_name_of(here), here)
 
 
+def check_named(named: str, address: str) -> None:
+    """Refuse a GLOO_SOCKET_IFNAME that this machine does not have: gloo's own word for it names neither variable nor way out.
+
+    Raises:
+        ConfigError: with the interfaces that there are.
+    """
+    names = [name for _, name in socket.if_nameindex()]
+    for name in (part.strip() for part in named.split(",")):
+        if name not in names:
+            raise ConfigError(
+                f"GLOO_SOCKET_IFNAME={named!r}: this machine ({socket.gethostname()}) has no interface {name!r}."
+                f"{suggest(name, names)} It has {', '.join(names)}. Name the one that leads to {address}, or unset the variable."
+            )
+
+
 def interfaces() -> list[Interface]:
     """Return every interface that is up, with its first IPv4 address. Empty where this cannot be asked (not Linux)."""
     found = []
@@ -71,14 +86,8 @@ def interfaces() -> list[Interface]:
 
 
 def _named_by_user(named: str, address: str) -> Interface:
-    names = [name for _, name in socket.if_nameindex()]
+    check_named(named, address)
     wanted = [name.strip() for name in named.split(",")]
-    for name in wanted:
-        if name not in names:
-            raise ConfigError(
-                f"GLOO_SOCKET_IFNAME={named!r}: this machine ({socket.gethostname()}) has no interface {name!r}."
-                f"{suggest(name, names)} It has {', '.join(names)}. Name the one that leads to {address}, or unset the variable."
-            )
     addresses = {found.name: found.address for found in interfaces()}
     here = addresses.get(wanted[0], "")
     if here and is_loopback(here) and not is_loopback(address):

@@ -113,14 +113,25 @@ def _open_store(env: RankEnvironment, timeout_s: float) -> Store:
         return TCPStore(address, env.port, env.size, hosts_here, timeout, wait_for_workers=False)
     except (RuntimeError, OSError) as error:
         doing = "listen on" if hosts_here else "reach"
-        what = "MASTER_PORT may be taken: choose another" if hosts_here else (
-            "MASTER_ADDR or MASTER_PORT may be wrong, or rank 0 did not start")  # fmt: skip
-        if not env.one_node and is_loopback(env.address):
+        if not _has_name(address):
+            what = f"No address is known for the name {address!r} on {socket.gethostname()}: MASTER_ADDR may be wrong"
+        elif not env.one_node and is_loopback(env.address):
             what = f"MASTER_ADDR is this machine's own loopback, and there are {env.num_nodes} nodes: set it to the first one's"
+        elif hosts_here:
+            what = "MASTER_PORT may be taken: choose another"
+        else:
+            what = "MASTER_ADDR or MASTER_PORT may be wrong, or rank 0 did not start"
         raise DistributedError(
             f"[rank {env.rank}/{env.size}] could not {doing} {address}:{env.port}, where the ranks meet: "
-            f"{str(error).splitlines()[0]}. {what}."
+            f"{str(error).splitlines()[0].rstrip('.')}. {what}."
         ) from error
+
+
+def _has_name(address: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(address, None))
+    except OSError:
+        return False
 
 
 def _listener(env: RankEnvironment) -> socket.socket:
@@ -142,7 +153,10 @@ def _listener_towards(env: RankEnvironment) -> socket.socket | None:
 
     The others may know this machine by an address that only a router knows, or its name leads to the loopback here alone.
     """
-    family, _, _, _, target = socket.getaddrinfo(env.address, env.port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, _, _, _, target = socket.getaddrinfo(env.address, env.port, type=socket.SOCK_STREAM)[0]
+    except OSError:
+        return None  # a name server may know it in a moment: torch tries again
     if is_loopback(str(target[0])) and not is_loopback(env.address):
         return None
     try:

@@ -29,7 +29,7 @@ from .control import Control
 from .devices.base import DeviceChoice, choose_device, select_device
 from .environment import RankEnvironment, gloo_interface, node_timeout_s, read_environment
 from .errors import DistributedError, unknown_name
-from .interfaces import choose_interface
+from .interfaces import check_named, choose_interface
 from .meeting import meet
 from .node_watch import NodeWatch
 
@@ -307,8 +307,13 @@ def _environment_of_default_group(env: RankEnvironment) -> RankEnvironment:
 
 def _start_default_group(env: RankEnvironment, choice: DeviceChoice, timeout: timedelta) -> NodeWatch | None:
     wait_s = min(timeout.total_seconds(), _START_TIMEOUT_S)
-    address = "" if env.one_node else _use_interface(env)
+    named = gloo_interface()
+    if env.one_node and named is not None:
+        check_named(named, env.address)
+    address = "" if env.one_node else _use_interface(env, named)
     store, places = meet(env, wait_s)
+    if not env.one_node and not address:  # the name of the first node was not known yet
+        address = _use_interface(env, named)
     watch = None
     if not env.one_node and address and node_timeout_s():
         watch = NodeWatch.start(env.rank, places, store, address, node_timeout_s(), wait_s)
@@ -318,9 +323,8 @@ def _start_default_group(env: RankEnvironment, choice: DeviceChoice, timeout: ti
     return watch
 
 
-def _use_interface(env: RankEnvironment) -> str:
+def _use_interface(env: RankEnvironment, named: str | None) -> str:
     """Name the interface towards the other nodes to gloo, for all groups from now on; return this machine's address there."""
-    named = gloo_interface()
     found = choose_interface(env.address, env.port, named)
     if found.name and named is None:
         # Left there: groups that somebody makes later need it too.

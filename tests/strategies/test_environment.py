@@ -38,6 +38,14 @@ MPIRUN = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "PMIX_NAMESPACE": "prterun-1",
 }
+MPIEXEC = {
+    "PMI_RANK": "3",
+    "PMI_SIZE": "4",
+    "MPI_LOCALRANKID": "1",
+    "MPI_LOCALNRANKS": "2",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "9",
+}
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
@@ -80,6 +88,25 @@ def test_mpirun_is_understood() -> None:
     assert (found.launcher, found.address) == ("mpi", "127.0.0.1")
 
 
+def test_mpiexec_of_mpich_and_intel_is_understood() -> None:
+    """Unread, each of its processes would train alone."""
+    found = read_environment(MPIEXEC)
+    assert (found.rank, found.size, found.local_rank, found.local_size, found.node_rank) == (3, 4, 1, 2, 1)
+    assert (found.launcher, found.address, found.port) == ("mpi", "a", 9)
+    assert read_environment({"PMI_RANK": "0", "PMI_SIZE": "1"}) == RankEnvironment()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "told"), [(SRUN, "SLURM_STEP_NUM_TASKS=4"), (MPIRUN, "OMPI_COMM_WORLD_SIZE=2"), (MPIEXEC, "PMI_SIZE=4")]
+)
+def test_variables_left_over_in_a_shell_do_not_make_each_task_of_a_launcher_rank_0(theirs: dict[str, str], told: str) -> None:
+    with pytest.raises(ConfigError, match=f"WORLD_SIZE=1 and RANK=0 are set, and so are {told}"):
+        read_environment({**theirs, "RANK": "0", "WORLD_SIZE": "1"})
+    # A sweep: each task starts an agent of its own, which says what is a rank.
+    inner = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "DRIVETRAIN_AGENT_PID": "7"}
+    assert read_environment({**theirs, **inner}).size == 1
+
+
 def test_four_variables_on_loopback_are_enough_and_mean_one_node() -> None:
     found = read_environment(BY_HAND)
     assert (found.local_rank, found.local_size, found.one_node, found.launcher) == (1, 2, True, "variables")
@@ -112,6 +139,7 @@ def test_four_variables_on_loopback_are_enough_and_mean_one_node() -> None:
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(y3)"}, "SLURM_STEP_TASKS_PER_NODE='2(y3)'"),
         ({**SRUN, "SLURM_LOCALID": "1"}, "SLURM_LOCALID='1'"),
         ({**MPIRUN, "OMPI_COMM_WORLD_RANK": "2"}, "OMPI_COMM_WORLD_RANK='2'"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "mpiexec -genv MASTER_ADDR"),
         ({**MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, "MASTER_ADDR is not set"),
     ],
 )

@@ -209,6 +209,34 @@ def start_on_a_taken_port() -> str:
     return "nothing was raised"
 
 
+def on_an_interface_that_is_not_there() -> str:
+    os.environ["GLOO_SOCKET_IFNAME"] = "loo"
+    with pytest.raises(ConfigError) as told:
+        World.start("cpu", timeout_s=5)
+    return str(told.value)
+
+
+def test_an_interface_that_is_not_there_is_named_with_those_that_are(ranks: Any) -> None:
+    for told in ranks(2, on_an_interface_that_is_not_there):
+        assert "GLOO_SOCKET_IFNAME='loo': this machine" in told
+        assert "Did you mean 'lo'?" in told
+
+
+def without_a_name_server() -> str:
+    os.environ.update(MASTER_ADDR="nowhere.invalid", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    del os.environ["GLOO_SOCKET_IFNAME"]  # the fixture's loopback is refused for several nodes
+    with pytest.raises(DistributedError) as told:
+        World.start("cpu", timeout_s=1)
+    return str(told.value)
+
+
+def test_a_master_whose_name_nobody_knows_is_named(ranks: Any) -> None:
+    """Not its port, which may be free."""
+    for told in ranks(2, without_a_name_server):
+        assert "No address is known for the name 'nowhere.invalid'" in told
+        assert ".." not in told
+
+
 def test_a_taken_port_is_named(ranks: Any) -> None:
     assert "could not listen on 127.0.0.1" in ranks(2, start_on_a_taken_port)[0]
 

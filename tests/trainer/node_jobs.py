@@ -67,7 +67,7 @@ class Steps(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_train_batch_end(self, trainer: Any, module: nn.Module, *rest: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.progress.global_step >= 6:
             path = self.folder / f"pid{trainer.world.rank}"
             if not path.exists():

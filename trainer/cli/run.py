@@ -82,7 +82,7 @@ def count(text: str) -> int:
         import torch
 
         return torch.accelerator.device_count() if torch.accelerator.is_available() else 1
-    if not text.lstrip("+-").isdigit():
+    if not text.lstrip("+-").isdecimal():
         raise ConfigError(f"-n {text!r}: expected a number of processes, or 'auto'.")
     check_ranks(int(text))
     return int(text)
@@ -129,6 +129,12 @@ def _check_target(command: list[str]) -> None:
             raise ConfigError(f"No module named {command[1]!r} was found from {os.getcwd()}. Name one as for `python -m`.")
         return
     script = Path(command[0])
+    if script.is_dir() and not (script / "__main__.py").exists():
+        near = ", ".join(sorted(entry.name for entry in script.glob("*.py"))[:5])
+        raise ConfigError(
+            f"{command[0]!r} is a folder without a __main__.py: expected a script. "
+            + (f"It holds {near}." if near else "It holds no .py file.")
+        )
     if not script.exists():
         folder = script.parent
         near = [entry.name for entry in folder.glob("*.py")] if folder.is_dir() else []

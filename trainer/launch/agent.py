@@ -135,9 +135,13 @@ def run_command(
         python: options of the interpreter, such as `-X dev`.
         logs: folder for the output of ranks above 0; by default a temporary one, kept only when a rank failed.
     """
-    folder = Path(tempfile.mkdtemp(prefix="drivetrain-"))
     if logs is not None:
-        logs.mkdir(parents=True, exist_ok=True)
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--logs {logs}: this folder cannot be made: {error}. Name another one.") from error
+    _open_standard_streams()
+    folder = Path(tempfile.mkdtemp(prefix="drivetrain-"))
     started: list[Rank] = []
     try:
         with forwarding_signals() as signals:
@@ -427,6 +431,16 @@ def _signal(ranks: list[Rank], number: signal.Signals) -> None:
             os.kill(rank.process.pid, number)
 
 
+def _open_standard_streams() -> None:
+    """Put the null device where stdin, stdout or stderr was closed: the next file opened, a socket, would be a rank's output."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.set_inheritable(descriptor, True)
+
+
 def _is_terminal(stream: object) -> bool:
     try:
         return bool(stream.isatty())  # pyright: ignore[reportAttributeAccessIssue]
@@ -435,7 +449,7 @@ def _is_terminal(stream: object) -> bool:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
         sys.stdout.flush()
         sys.stderr.write(text + "\n")
         sys.stderr.flush()

@@ -106,7 +106,11 @@ def describe(error: BaseException, *, prefix: str = "") -> str:
         return f"{prefix}{type(error).__name__}: {error}{notes} ({where}DRIVETRAIN_TRACEBACK=1 shows the traceback)"
     if isinstance(error, KeyboardInterrupt):
         return f"{prefix}KeyboardInterrupt"
-    whole = "".join(traceback.format_exception(type(error), error, _without_ours(error.__traceback__))).rstrip("\n")
+    trace = _without_ours(error.__traceback__)
+    if trace is None:  # it never came to the user's code: no such module, or the script cannot be parsed
+        *where, last = only.split("\n")
+        return "\n".join((*where, prefix + last))
+    whole = "".join(traceback.format_exception(type(error), error, trace)).rstrip("\n")
     return whole[: -len(only)] + prefix + only if whole.endswith(only) else f"{prefix}{whole}"
 
 
@@ -256,12 +260,14 @@ def _place(error: BaseException) -> str:
 
 def _without_ours(trace: TracebackType | None) -> TracebackType | None:
     """Drop the frames that start the script: the user's own file comes first, as if it had been started alone."""
-    while trace is not None and trace.tb_next is not None:
+    own = trace
+    while trace is not None:
         file = trace.tb_frame.f_code.co_filename
         if not (file.startswith(os.path.dirname(__file__)) or file == "<frozen runpy>" or file.endswith("runpy.py")):
             break
         trace = trace.tb_next
-    return trace
+    started_here = own is not None and own.tb_frame.f_code.co_filename == os.path.join(os.path.dirname(__file__), "child.py")
+    return trace if trace is not None or started_here else own
 
 
 def _say(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,12 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         (["run", "-n"], "drivetrain: drivetrain run: argument -n/--devices: expected one argument."),
         (["run", "-n", "two", "x.py"], "drivetrain: -n 'two': expected a number of processes, or 'auto'."),
         (["run", "-n", "0", "x.py"], "drivetrain: 0 processes were asked for: expected 1 or more"),
+        (["run", "-n", "\u00b2", "x.py"], "drivetrain: -n '\u00b2': expected a number of processes, or 'auto'."),
+        (
+            ["run", "-n", "1", os.path.dirname(__file__)],
+            f"drivetrain: {os.path.dirname(__file__)!r} is a folder without a __main__.py",
+        ),
+        (["run", "-n", "1", "--logs", __file__, __file__], f"drivetrain: --logs {__file__}: this folder cannot be made"),
         (["run", "--nnodes", "2", "x.py"], "drivetrain: --nnodes 2 needs --master-addr, the address of node 0"),
         (["run", "--nnodes", "2", "--master-addr", "a", "x.py"], "drivetrain: --nnodes 2 needs --node-rank: expected a number"),
         (["run", "--nnodes=2", "--master-addr=a", "--node-rank=2", "x.py"], "drivetrain: --nnodes 2 --node-rank 2: expected"),

@@ -159,6 +159,45 @@ def test_rank_0_writes_to_the_screen_and_the_others_do_not(tmp_path: Path) -> No
     assert not list(tmp_path.glob("drivetrain-*")), "their output is gone with the success"
 
 
+def test_a_script_that_cannot_be_parsed_is_shown_as_python_shows_it(tmp_path: Path) -> None:
+    """No frame of runpy, and the rank stands before the error, not before its file."""
+    ended = run(tmp_path, "def f(:\n")
+    shown = [
+        "All 2 ranks failed:",
+        '  File "script.py", line 1',
+        "    def f(:",
+        "          ^",
+        "[rank 0/2] SyntaxError: invalid syntax",
+    ]
+    assert ended.stderr.splitlines() == shown
+    assert ended.returncode == 1
+
+
+def test_closed_standard_streams_are_not_given_to_sockets(tmp_path: Path) -> None:
+    """As under some daemons: the agent's next file would become the stdout of a rank."""
+    (tmp_path / "script.py").write_text("import os, sys\nprint('x')\nopen(f'ran{os.environ[\"RANK\"]}', 'w').close()\n")
+    line = [sys.executable, "-c", AGENT, "2", "script.py"]
+    closed = 'exec "$@" <&- >&- 2>&-'
+    ended = subprocess.run(["sh", "-c", closed, "sh", *line], cwd=tmp_path, timeout=60, check=False)
+    assert ended.returncode == 0
+    assert sorted(path.name for path in tmp_path.glob("ran*")) == ["ran0", "ran1"]
+
+
+def test_what_a_launcher_above_said_of_its_ranks_is_not_about_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`drivetrain run` in a rank of torchrun: its agent holds no store for ours, which would wait for it."""
+    for name, value in {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "x",
+        "RANK": "3",
+        "WORLD_SIZE": "8",
+    }.items():
+        monkeypatch.setenv(name, value)
+    script = (
+        "from drivetrain.strategies.environment import read_environment as r\nprint(r().agent_store, r().launcher, r().size)\n"
+    )
+    assert run(tmp_path, script).stdout == "False drivetrain 2\n"
+
+
 def test_the_output_of_the_others_is_kept_and_named_when_something_fails(tmp_path: Path) -> None:
     ended = run(tmp_path, "import os\nprint('a trace', os.environ['RANK'])\nassert os.environ['RANK'] == '0'\n")
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("Output of the other ranks: ")]
