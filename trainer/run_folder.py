@@ -14,12 +14,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..strategies.checkpoint.layout import LOCK
 from ..strategies.checkpoint.urls import is_url, path_of
 from ..strategies.errors import CheckpointError, ConfigError
 
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
     from ..strategies.checkpoint.layout import CheckpointInfo
     from ..strategies.world import World
 
-__all__ = ["RunFolder", "open_run"]
+__all__ = ["RunFolder", "check_shared", "open_run"]
 
+# How long a shared file system may take to show another machine what was made.
+_PATIENCE_S = 10.0
 _RUN = re.compile(r"(\d{8}-\d{6})(?:-\d+)?")
 
 
@@ -106,6 +110,29 @@ def open_run(
     resume_from = path_of(found["resume_from"]) if found["resume_from"] else None
     path = path_of(found["path"])
     return RunFolder(name, found["id"], _here(path, local), resume_from, found["notes"], path if is_url(path) else None, there)
+
+
+def check_shared(folder: RunFolder, world: World) -> None:
+    """Refuse a run folder that is not one for all nodes, before anything is trained: together.
+
+    Each rank writes its shard of a checkpoint. On disks of their own the first one would fail, hours later it may be.
+
+    Raises:
+        CheckpointError: ranks on other nodes do not see what rank 0 made there.
+    """
+    if world.one_node or folder.remote is not None:
+        return
+    deadline = time.monotonic() + _PATIENCE_S
+    while not (seen := (folder.checkpoints / LOCK).exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)  # another machine's view of a shared file system may lag behind
+    found = world.gather_json("" if seen else f"rank {world.rank} on node {world.node_rank} ({socket.gethostname()})")
+    blind = [who for who in found if who]
+    if blind:
+        raise CheckpointError(
+            f"{folder.checkpoints}, made by rank 0, is not to be seen by {', '.join(blind[:4])}"
+            f"{f' and {len(blind) - 4} more' if len(blind) > 4 else ''}. All ranks must see one folder: put root= on a shared "
+            "file system, or behind a URL (s3://...), or train without checkpoints (enable_checkpointing=False)."
+        )
 
 
 def _here(run: Path, local: Path) -> Path:

@@ -28,7 +28,7 @@ from .metrics import Metrics
 from .module import LIGHTNING_ONLY, TrainingModule
 from .optimizers import SchedulerConfig, read_optimizers
 from .process import SignalHandlers, exit_code_of, move_output
-from .run_folder import open_run, write_config
+from .run_folder import check_shared, open_run, write_config
 from .runtime import Leave
 from .seed import vary_by_rank
 from .tracking import Tracking
@@ -149,6 +149,8 @@ class Session:
         trainer._store = defaults.store(trainer)
         if defaults.writes(trainer):
             trainer.store.claim()
+            if trainer.checkpoint_callback is not None:
+                check_shared(trainer.run_folder, trainer.world)
         self._attach(trainer.callbacks)
         tell_batch_size(trainer.accelerator, train)
         tell(trainer.accelerator, total_num_steps=lambda: trainer.estimated_stepping_batches)

@@ -124,16 +124,18 @@ def numbers(out: Path, strategies: str, root: str) -> None:
 
 def train(
     out: Path, *, strategy: str = "ddp", steps: str = "1000000", step_s: str = "0.02", fail: str = "-1", root: str = "runs",
-    resume: str = "", watchdog: str = "",
+    resume: str = "", watchdog: str = "", checkpoints: str = "yes",
 ) -> None:  # fmt: skip
     """Train, saving every second step; rank 0 writes the losses to OUT when it comes to the end."""
     losses = Losses()
-    callbacks: list[Callback] = [losses, Steps(out.parent), Checkpoint("2step")]
+    callbacks: list[Callback] = [losses, Steps(out.parent)]
+    if checkpoints == "yes":
+        callbacks.append(Checkpoint("2step"))
     if watchdog:
         callbacks.append(Watchdog(float(watchdog), action="abort", startup=60))
     trainer = Trainer(
         strategy=strategy, max_steps=int(steps), global_batch_size=8, seed=7, root=root, name="job",
-        callbacks=callbacks, log_every_n_steps=1, resume=resume or None, **QUIET,
+        callbacks=callbacks, log_every_n_steps=1, resume=resume or None, enable_checkpointing=checkpoints == "yes", **QUIET,
     )  # fmt: skip
     module = Net(step_s=float(step_s), fail=int(fail))
     trainer.fit(module, loader())
