@@ -119,6 +119,8 @@ class PipelinedModel:
         self.owners = owners_of(model, [name for some in self.names for name in some])
         self.plain: Callable[[Any], Any] = _as_it_is
         """Makes of what a step or a loss returned something that knows nothing of tp: call it before anything is done with it."""
+        self.has_beside = False
+        """Whether what gives the loss returns something beside it, which then is sent to all ranks; see trainer/pipelining.py."""
         self._running: _Running | None = None
 
     def _costs(self, chain: Sequence[Link], mesh: Mesh, autocast: Callable[[], Any] | None) -> tuple[list[float], str]:

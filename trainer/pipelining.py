@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..strategies.errors import ConfigError, DataError, NonFiniteError
 from ..strategies.gradients import mean_loss
+from ..strategies.pipeline_chunks import each_tensor
 from .accumulation import MEAN, SUM, mixed_window
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class _Sums:
         self.kind = 0
         self.losses: list[Tensor] = []
         self.items: Any = 0
+        self.beside: list[tuple[int, dict[str, Any]]] = []  # (samples, what else compute_loss returned)
 
 
 def train_batch(stepping: Stepping, pipe: PipelinedModel, batch: Any) -> Any:
@@ -85,7 +87,9 @@ def train_batch(stepping: Stepping, pipe: PipelinedModel, batch: Any) -> Any:
     def loss_of(output: Any, chunk: Chunk) -> Tensor:
         if metrics is not None:
             metrics.batch_samples = 0 if not weight else chunk.samples
-        loss, items = _read(module, pipe.plain(module.compute_loss(output, chunk.batch)))  # pyright: ignore[reportCallIssue]
+        loss, items, beside = _read(module, pipe.plain(module.compute_loss(output, chunk.batch)))  # pyright: ignore[reportCallIssue]
+        if beside and chunk.samples:
+            sums.beside.append((chunk.samples, each_tensor(beside, Tensor.detach)))
         kind = MEAN if items is None else SUM
         if sums.kind not in (0, kind) or window.kind not in (0, kind):
             raise mixed_window()
@@ -118,7 +122,11 @@ def train_batch(stepping: Stepping, pipe: PipelinedModel, batch: Any) -> Any:
     _check(stepping, pipe, loss, items if kind == SUM else None)
     for hook in stepping.after_backward:
         hook()
-    return loss if kind == MEAN else {"loss": loss, "num_items": items}
+    result = {"loss": loss} if kind == MEAN else {"loss": loss, "num_items": items}
+    if pipe.has_beside:
+        joined = _joined([one for _, one in sums.beside], [n for n, _ in sums.beside]) if sums.beside else {}
+        return {**pipe.share_tree(joined), **result}
+    return loss if kind == MEAN else result
 
 
 def manual_batch(module: Any, batch: Any) -> Tensor:
@@ -131,9 +139,9 @@ def manual_batch(module: Any, batch: Any) -> Tensor:
         )
     if (pipe := accelerator._pipeline_of(module.compute_loss)) is not None:
         output = train_batch(accelerator, pipe, batch)
-        if isinstance(output, Mapping):
+        if isinstance(output, Mapping) and "num_items" in output:
             raise _no_sums(module)
-        return output
+        return output["loss"] if isinstance(output, Mapping) else output
     inputs = module.pipeline_input(batch)
     loss: Any = module.compute_loss(module(*inputs) if isinstance(inputs, tuple) else module(inputs), batch)
     if isinstance(loss, Mapping):
@@ -151,30 +159,34 @@ def _no_sums(module: Any) -> DataError:
     )
 
 
-def _read(module: nn.Module, output: Any) -> tuple[Tensor, Any]:
-    """The loss and its count of what compute_loss returned."""
+def _read(module: nn.Module, output: Any) -> tuple[Tensor, Any, dict[str, Any]]:
+    """The loss and its count of what compute_loss returned, and what is beside them."""
     loss, items = (output.get("loss"), output.get("num_items")) if isinstance(output, Mapping) else (output, None)
+    beside = {k: v for k, v in output.items() if k not in ("loss", "num_items")} if isinstance(output, Mapping) else {}
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(output).__name__} {output!r:.60}"
         raise DataError(
             f"{type(module).__name__}.compute_loss returned {what}. Expected the loss as a scalar tensor with a gradient, or "
             "{'loss': tensor, ...}, with 'num_items' beside it when the loss is a sum. Under a pipeline no batch can be left out."
         )
-    return loss.reshape(()), items
+    return loss.reshape(()), items, beside
 
 
 def _shared(stepping: Stepping, pipe: PipelinedModel, sums: _Sums) -> tuple[Tensor, Tensor, int]:
     """The loss, the items and the kind of the rank that has the last stage."""
     device = stepping.world.device
     wide = torch.float32 if device.type == "mps" else torch.float64
-    row = torch.zeros(3, dtype=wide, device=device)
+    row = torch.zeros(4, dtype=wide, device=device)
     if sums.losses:
         row[0] = torch.stack(sums.losses).sum()
         row[1] = sums.items
         row[2] = sums.kind
+        row[3] = float(bool(sums.beside))
     pipe.share(row)
     # On an accelerator the kind is read from it once: a run's losses are all of one kind, which the last stage sees to.
-    kind = stepping.pipeline_kind if stepping.pipeline_kind and device.type != "cpu" else int(row[2].item())
+    known = bool(stepping.pipeline_kind) and device.type != "cpu"
+    kind = stepping.pipeline_kind if known else int(row[2].item())
+    pipe.has_beside = pipe.has_beside if known else bool(row[3].item())
     stepping.pipeline_kind = kind
     return row[0], row[1], kind
 

@@ -420,3 +420,38 @@ def test_the_default_training_step_is_forward_and_compute_loss(tmp_path: Path) -
     x, y = data().tensors
     module.log = lambda *args, **kwargs: None  # pyright: ignore[reportAttributeAccessIssue]
     assert torch.equal(module.training_step((x, y), 0), module.compute_loss(module(x), (x, y)))
+
+
+class Beside(Words):
+    """Returns more than the loss, and keeps what the hook of each batch gets."""
+
+    def compute_loss(self, output: Tensor, batch: Any) -> Any:
+        found = super().compute_loss(output, batch)
+        loss = found if isinstance(found, dict) else {"loss": found}
+        return {**loss, "chosen": output.argmax(-1), "scores": {"mean": output.mean()}, "word": "same"}
+
+    def on_train_start(self) -> None:
+        self.kept: list[Any] = []
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        mean, loss = outputs["scores"]["mean"].detach().item(), outputs["loss"].detach().item()
+        self.kept.append((outputs["chosen"].tolist(), mean, outputs["word"], loss))
+
+
+def beside(root: Path, strategy: Any, summed: bool) -> Any:
+    made: list[Beside] = []
+    options: dict[str, Any] = {"max_epochs": 1}
+    fit(root, strategy, make=lambda: made.append(Beside(summed=summed)) or made[0], **options)
+    return made[0].kept
+
+
+@pytest.mark.parametrize("summed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_compute_loss_returns_beside_the_loss_reaches_the_hooks_of_all_ranks(
+    summed: bool, ranks: Any, tmp_path: Path
+) -> None:
+    """Tensors of samples are put together, single values are means by samples: those of one process."""
+    (truth,) = ranks(1, beside, tmp_path / "one", "single", summed)
+    for kept in ranks(2, beside, tmp_path / "many", "pp:2", summed):
+        assert [(chosen, word) for chosen, _, word, _ in kept] == [(chosen, word) for chosen, _, word, _ in truth]
+        for at in (1, 3):
+            assert [one[at] for one in kept] == pytest.approx([one[at] for one in truth], rel=1e-10)
