@@ -36,15 +36,15 @@ class Interleaved:
         self._round: deque[tuple[int, Any]] = deque()
         self._out: deque[int] = deque()  # whose batches were read and not yet handed out
 
-    def open(self, epoch: int, parts: Sequence[Mapping[str, Any]], *, by_samples: bool) -> None:
+    def open(self, epoch: int, seed: int, parts: Sequence[Mapping[str, Any]], *, by_samples: bool) -> None:
         """Go on behind what `parts` say of each stream: "batches" (or "samples") and, if it has one, its "own" state."""
         self._ended = [False] * len(self.streams)
         self._round, self._out = deque(), deque()
         for stream, part in zip(self.streams, parts, strict=True):
             if by_samples:
-                stream.open(epoch, samples=part["samples"], saved=part.get("own"))
+                stream.open(epoch, seed, samples=part["samples"], saved=part.get("own"))
             else:
-                stream.open(epoch, batches=part["batches"], saved=part.get("own"))
+                stream.open(epoch, seed, batches=part["batches"], saved=part.get("own"))
 
     def read(self) -> Any:
         """Return the next batch, or `END`."""

@@ -284,6 +284,8 @@ class Loader:
         found = self.check_states(states)
         if isinstance(source, Indexed):
             source.order.seed = found["seed"]
+        else:
+            source.seed = found["seed"]
         course.epoch, course.start, course.active = found["epoch"], found["position"], None
         course.saved = found if found["position"] else None
         self.epoch, self.position = course.epoch, course.start

@@ -19,7 +19,6 @@ from .config import DataLoaderConfiguration
 from .counted import Counted, forgets, has_state, is_counted
 from .dispatch import Dispatch
 from .indexed import Indexed, batch_per_rank, indexed
-from .randomness import mix
 from .reading import WorkerStart
 from .stream import Group, Micro, Readable, Stream, alone, beside, groups
 from .streamed import Streamed, TakesOver
@@ -75,7 +74,7 @@ def _iterable(
                 f"{name} reads its rank's share by itself; expected no {wrong}, which would divide rank "
                 "0's share again. Leave it out of DataLoaderConfiguration(...)."
             )
-        mine = _stream(loader, config=config, seed=mix(seed, index))
+        mine = _stream(loader, config=config, number=index)
         return _beside(mine, world, shard, config, seed, name=name, together=together)
     if config.split_batches and size is not None:
         batch_per_rank(size, ranks, config)
@@ -83,9 +82,9 @@ def _iterable(
     def part(number: int, shards: int, workers: int | None = None) -> Stream:
         """One of the streams that `shards` ranks read; with `workers` for what is left of an epoch."""
         if shards == 1:
-            return _stream(loader, config=config, seed=seed, workers=workers)
+            return _stream(loader, config=config, workers=workers)
         own = loader.dataset.shard(shards, number)  # pyright: ignore[reportAttributeAccessIssue]
-        return _stream(loader, own, config=config, seed=mix(seed, number), workers=workers)
+        return _stream(loader, own, config=config, number=number, workers=workers)
 
     workers = 0 if is_counted(loader.dataset) else loader.num_workers
     give = _given(world, shard, config)
@@ -113,15 +112,14 @@ def _own(loader: Any, world: World | None, shard: tuple[int, int], config: DataL
     """Every rank's loader is its own: nothing is divided."""
     known = loader if isinstance(loader, DataLoader) else None
     size = None if known is None else known.batch_size
-    quiet = isinstance(loader, list | tuple)
-    key = mix(seed, shard[0]) if config.seed_samples and not quiet else None
+    seeded = config.seed_samples and not isinstance(loader, list | tuple)
     name = type(loader).__name__ if known is None else type(known.dataset).__name__
 
     def stream(workers: int | None = None) -> Stream:
         source = loader if known is None or workers is None else _rebuilt(known, known.dataset, workers=workers)
         stateful = _stateful(source)
         in_workers = isinstance(source, DataLoader) and source.num_workers > 0
-        return Stream(source, stateful=stateful, seed=key, in_workers=in_workers, batch_size=size)
+        return Stream(source, stateful=stateful, seeded=seeded, shard=shard[0], in_workers=in_workers, batch_size=size)
 
     workers, takes_over = 0, None
     # With indices the batches are the same for any number of workers; only torchdata's state is not.
@@ -226,17 +224,24 @@ def _members(world: World | None, shard: tuple[int, int], what: str) -> World:
 
 
 def _stream(
-    loader: DataLoader[Any], dataset: Any = None, *, config: DataLoaderConfiguration, seed: int, workers: int | None = None
+    loader: DataLoader[Any],
+    dataset: Any = None,
+    *,
+    config: DataLoaderConfiguration,
+    number: int | None = None,
+    workers: int | None = None,
 ) -> Stream:
-    """Read `loader`, over another `dataset` (a shard of its own), or once only with so many `workers`, if they are given."""
+    """Read `loader`, over another `dataset` (the shard `number`), or once only with so many `workers`, if they are given."""
     asked = config.use_stateful_dataloader
     if dataset is not None or workers is not None or loader.num_workers or (asked and not has_state(loader)):
         loader = _rebuilt(loader, loader.dataset if dataset is None else dataset, stateful=asked, workers=workers)
     stateful: Any = _stateful(loader)
     if stateful is None and loader.num_workers == 0 and has_state(loader.dataset) and not forgets(loader.dataset):
         stateful = loader.dataset
-    key = seed if config.seed_samples else None
-    return Stream(loader, stateful=stateful, seed=key, in_workers=loader.num_workers > 0, batch_size=loader.batch_size)
+    workers = loader.num_workers
+    return Stream(
+        loader, stateful=stateful, seeded=config.seed_samples, shard=number, in_workers=workers > 0, batch_size=loader.batch_size
+    )
 
 
 def _stateful(loader: Any) -> Any:

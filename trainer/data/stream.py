@@ -67,7 +67,8 @@ class Stream:
         source: iterated once an epoch; a function is called once an epoch and returns the iterator.
         stateful: the loader or data set whose state_dict/load_state_dict hold the position, or a data set's `Counted`; None:
             the iterator is asked, if it has get_state/set_state (grain's have); else resuming reads and drops.
-        seed: makes random numbers drawn while reading in this process depend on (seed, epoch, batch) only; None: left alone.
+        seeded: random numbers drawn while reading in this process depend on (seed, epoch, batch) only; False: left alone.
+        shard: which of several streams it is, whose random numbers are to differ; None: the only one.
         in_workers: only starting the iterator draws here, its workers do the reading.
         batch_size: most samples of a batch, where known.
     """
@@ -77,13 +78,15 @@ class Stream:
         source: Any,
         *,
         stateful: Any | None = None,
-        seed: int | None = None,
+        seeded: bool = True,
+        shard: int | None = None,
         in_workers: bool = False,
         batch_size: int | None = None,
     ) -> None:
         self.source = source
         self.stateful = stateful
-        self.seed = seed
+        self.seeded = seeded
+        self.shard = shard
         self.in_workers = in_workers
         self.batch_size = batch_size
         self.batches = 0  # read so far in this epoch, dropped and looked ahead ones included
@@ -101,7 +104,7 @@ class Stream:
         self._generator_seed = 0 if self._generator is None else self._generator.initial_seed()
         self._snapshots: list[Snapshot] = []
 
-    def open(self, epoch: int, *, batches: int | None = None, samples: int | None = None, saved: Any = None) -> None:
+    def open(self, epoch: int, seed: int, *, batches: int | None = None, samples: int | None = None, saved: Any = None) -> None:
         """Begin a pass; after a resume, go on behind `batches` batches (or behind `samples` samples) of the epoch.
 
         Raises:
@@ -111,7 +114,7 @@ class Stream:
         self.batches = self.samples = 0
         self._iterator = None
         self._snapshots = []
-        self._key = mix(self.seed or 0, epoch)
+        self._key = mix(seed if self.shard is None else mix(seed, self.shard), epoch)
         state = None if saved is None else from_json(saved["state"])
         if saved is not None and self.stateful is not None:
             self.batches, self.samples = saved["batches"], saved["samples"]
@@ -228,7 +231,7 @@ class Stream:
         return found
 
     def _isolated(self) -> contextlib.AbstractContextManager[None]:
-        if self.seed is None or (self.in_workers and self._iterator is not None):
+        if not self.seeded or (self.in_workers and self._iterator is not None):
             return contextlib.nullcontext()
         return isolated(mix(self._key, self.batches))
 

@@ -45,6 +45,7 @@ class Streamed:
         per_rank: each rank reads its own, so that its position and state are its own too.
         batch_samples: samples of a full micro-batch over all ranks; None until known.
         workers: processes that each read a part of the stream; 0 where their number does not change what comes.
+        seed: of the random numbers drawn while reading; a checkpoint's takes its place on resume.
         running: what the running pass reads from.
     """
 
@@ -100,7 +101,7 @@ class Streamed:
                 shards = len(state["parts"])
                 streams = [self.takes_over.stream(shard, shards, workers) for shard in range(shards)]
                 self.running = Interleaved(streams, drop=self.takes_over.drop)
-                self.running.open(epoch, state["parts"], by_samples=changed or shards == 1)
+                self.running.open(epoch, self.seed, state["parts"], by_samples=changed or shards == 1)
             return self.takes_over.how(self.running)
         stream = self.stream
         if stream is not None and workers != self.workers:
@@ -109,13 +110,13 @@ class Streamed:
         self.running = stream
         if stream is not None:
             if saved is None:
-                stream.open(epoch)
+                stream.open(epoch, self.seed)
             elif not self.per_rank:
-                stream.open(epoch, samples=saved["position"], saved=saved.get("own"))
+                stream.open(epoch, self.seed, samples=saved["position"], saved=saved.get("own"))
             elif changed:
-                stream.open(epoch, samples=saved["samples"], saved=saved.get("own"))
+                stream.open(epoch, self.seed, samples=saved["samples"], saved=saved.get("own"))
             else:
-                stream.open(epoch, batches=saved["batches"], saved=saved.get("own"))
+                stream.open(epoch, self.seed, batches=saved["batches"], saved=saved.get("own"))
         return self.how(stream)
 
     def state(self, position: int) -> dict[str, Any]:

@@ -245,6 +245,28 @@ def test_random_numbers_of_a_stream_are_those_of_its_epoch_and_batch() -> None:
     assert random.getstate() == before[1]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_stream_draws_the_random_numbers_of_the_seed_that_was_saved(workers: int) -> None:
+    """As a data set with indices does: a script may take another seed each time that it starts."""
+
+    class Noise(IterableDataset[torch.Tensor]):
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return (torch.rand(2) + random.random() * 0 for _ in range(12))
+
+    def make(seed: int) -> Loader:
+        context = {"num_workers": workers, "multiprocessing_context": "fork"} if workers else {}
+        return prepare_loader(DataLoader(Noise(), batch_size=2, **context), seed=seed)  # pyright: ignore[reportArgumentType]
+
+    whole, first, second = make(1), make(1), make(2)
+    epochs = [[batch.tolist() for batch in whole] for _ in range(2)]
+    for number, _ in enumerate(first, start=1):
+        if number == 2:
+            break
+    second.load_state_dict(first.state_dict())
+    assert [batch.tolist() for batch in second] == epochs[0][2:]
+    assert [batch.tolist() for batch in second] == epochs[1] != epochs[0]
+
+
 def test_the_end_and_a_break_are_heard() -> None:
     loader, heard = prepare_loader([torch.zeros(1)] * 3), []
     loader.on_iter = heard.append
