@@ -30,6 +30,7 @@ from .errors import ConfigError
 from .fsdp_options import read_peers
 from .held_pieces import HoldsPieces
 from .mesh import Mesh, ParallelPlan, mesh_of
+from .precision.base import Precision
 from .registry import parse_degree
 from .sharded import CUT_UP, Shape, Sharded, check_model, persistent_buffers
 from .sharded_optimizers import check_sharded_optimizer
@@ -38,7 +39,6 @@ from .units import Units, choose_units
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from .precision.base import Precision
     from .world import World
 
 __all__ = ["FSDPStrategy", "HSDPStrategy"]
@@ -128,6 +128,7 @@ class FSDPStrategy(HoldsPieces):
         self._everyone: tuple[torch.device, dist.ProcessGroup | None] = torch.device("cpu"), None
         self._any_whole = False  # whether a model holds parameters whole
         self._runs_plain = True  # no further axis has anything to do around a backward pass, or after it
+        self._steps_plain = False  # whether the precision steps optimizers as they are
         self._all_sync = True  # whether all models reduce gradients; asked at every step
         self._optimizers = []
         self._sharded: dict[int, Sharded] = {}  # by id of the user's module
@@ -170,6 +171,7 @@ class FSDPStrategy(HoldsPieces):
                 "give dp_shard a part of the processes."
             )
         assert self.precision is not None
+        self._steps_plain = type(self.precision).step is Precision.step
         if self.precision.scales_loss:  # overflow in one rank's pieces is overflow
             self.precision.agree = self._agree  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -439,7 +441,11 @@ class FSDPStrategy(HoldsPieces):
         assert self.precision is not None
         if self._unchecked:
             self._check_compiled()
-        stepped = self.precision.step(optimizer)
+        stepped = True
+        if self._steps_plain:  # what Precision.step does, without a call
+            optimizer.step()
+        else:
+            stepped = self.precision.step(optimizer)
         for sharded in self._all_sharded:
             for group in sharded.root_groups:  # asked here, for it is asked at every step, and hardly ever so
                 if sharded.depth or group._sharded_state is not CUT_UP:

@@ -214,10 +214,9 @@ class Mesh:
         used = tuple(a for a in named if a in self._used) or tuple(a for a in named if a in self.axes)
         if not used:
             raise ConfigError(f"The plan {self.plan} has no ranks on axis {axis!r}. Give it a degree above 1, or leave it out.")
-        if len(used) == 1:
-            return self.device_mesh[used[0]]
-        if used not in self._parts:  # all processes, on which no other code asks for a mesh of one dimension
-            self._parts[used] = self.device_mesh[used]._flatten(axis)
+        if used not in self._parts:  # one object for all DTensors on it: torch compares the meshes of two at every operation
+            # Flattened it is all processes, on which no other code asks for a mesh of one dimension.
+            self._parts[used] = self.device_mesh[used[0]] if len(used) == 1 else self.device_mesh[used]._flatten(axis)
         return self._parts[used]
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
