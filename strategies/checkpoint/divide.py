@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..errors import ConfigError
-from .layout import DTYPE_NAMES, Shard, count, num_bytes
+from .dtypes import DTYPE_NAMES
+from .layout import Shard, count, num_bytes
 from .writer import saveable
 
 
@@ -110,23 +111,3 @@ def divide(holders: Mapping[Unit, Sequence[int]], world_size: int) -> dict[Unit,
         writer[unit] = rank
         load[rank] += unit.num_bytes
     return writer
-
-
-def check_cover(name: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> str | None:
-    """Return why (offset, shape) `pieces` do not tile a tensor of `shape`, or None: every element once, none outside."""
-    for offset, size in pieces:
-        if len(offset) != len(shape) or any(o < 0 or o + n > f for o, n, f in zip(offset, size, shape, strict=True)):
-            return f"tensor {name!r}: a piece of shape {list(size)} at {list(offset)} is outside {list(shape)}"
-    total = sum(count(size) for _, size in pieces)
-    if total != count(shape) or not pieces:
-        return f"tensor {name!r}: its pieces hold {total:,} of {count(shape):,} elements"
-    ordered = sorted(pieces, key=lambda piece: tuple(piece[0]))
-    for index, (offset, size) in enumerate(ordered):
-        for later in range(index + 1, len(ordered)):
-            other, other_size = ordered[later]
-            # In this order nothing further can overlap in dimension 0: linear for the usual cut along one dimension.
-            if other and other[0] >= offset[0] + size[0]:
-                break
-            if all(o < p + m and p < o + n for o, n, p, m in zip(offset, size, other, other_size, strict=True)):
-                return f"tensor {name!r}: two pieces overlap at {list(other)}"
-    return None

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from .divide import Unit, check_cover, digest, divide, units
-from .layout import Shard
-from .reader import VALUE_TENSORS
+from .contents import VALUE_TENSORS
+from .divide import Unit, digest, divide, units
+from .layout import Shard, check_cover
 from .state import split
 from .writer import TensorFile, write_bytes, write_json
 

@@ -21,6 +21,7 @@ manifest.json, format version 1:
 
 The tensor files are plain safetensors, readable with any tool. A type that the safetensors format lacks (complex, some
 float8) is stored as its bytes, U8 with one more dimension, and the manifest says what it is.
+This file needs no torch: the tools that list and check checkpoints start without it.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from .urls import UrlPath
+from .values import join
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = "drivetrain.checkpoint"
 VERSION = 1
@@ -61,36 +63,32 @@ _FOLDER = re.compile(r"step-(\d{8,18})(?:\.(\d{1,9}))?")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}")
 _HEAD = re.compile(rb'\{"sha256": "([0-9a-f]{64})",')
 
-# Name in the manifest -> (torch's type, code in the safetensors header or None: stored as bytes). Only the codes that
-# every release of safetensors reads.
-_CODES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "int16": "I16",
-    "uint16": "U16",
-    "int32": "I32",
-    "uint32": "U32",
-    "int64": "I64",
-    "uint64": "U64",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fnuz": None,
-    "float8_e5m2fnuz": None,
-    "float8_e8m0fnu": None,
-    "float4_e2m1fn_x2": None,
-    "complex32": None,
-    "complex64": None,
-    "complex128": None,
+TYPES: Mapping[str, tuple[int, str | None]] = {
+    "bool": (1, "BOOL"),
+    "uint8": (1, "U8"),
+    "int8": (1, "I8"),
+    "int16": (2, "I16"),
+    "uint16": (2, "U16"),
+    "int32": (4, "I32"),
+    "uint32": (4, "U32"),
+    "int64": (8, "I64"),
+    "uint64": (8, "U64"),
+    "float16": (2, "F16"),
+    "bfloat16": (2, "BF16"),
+    "float32": (4, "F32"),
+    "float64": (8, "F64"),
+    "float8_e4m3fn": (1, "F8_E4M3"),
+    "float8_e5m2": (1, "F8_E5M2"),
+    "float8_e4m3fnuz": (1, None),
+    "float8_e5m2fnuz": (1, None),
+    "float8_e8m0fnu": (1, None),
+    "float4_e2m1fn_x2": (1, None),
+    "complex32": (4, None),
+    "complex64": (8, None),
+    "complex128": (16, None),
 }
-DTYPES: Mapping[str, tuple[torch.dtype, str | None]] = {
-    name: (getattr(torch, name), code) for name, code in _CODES.items() if hasattr(torch, name)
-}
-DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, (dtype, _) in DTYPES.items()}
+"""Torch's name, which is that in the manifest -> (bytes, code in the safetensors header or None: stored as bytes). Only the codes
+that every release of safetensors reads."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +129,12 @@ def parse_folder(name: str) -> tuple[int, int] | None:
 
 def stored_shape(dtype: str, shape: Sequence[int]) -> tuple[str, list[int]]:
     """Return (code, shape) under which a tensor stands in a safetensors header."""
-    kind, code = DTYPES[dtype]
-    return (code, list(shape)) if code else ("U8", [*shape, kind.itemsize])
+    size, code = TYPES[dtype]
+    return (code, list(shape)) if code else ("U8", [*shape, size])
 
 
 def num_bytes(dtype: str, shape: Sequence[int]) -> int:
-    return count(shape) * DTYPES[dtype][0].itemsize
+    return count(shape) * TYPES[dtype][0]
 
 
 def count(shape: Sequence[int]) -> int:
@@ -195,7 +193,7 @@ def _check_manifest(content: dict[str, Any]) -> None:
     _need(len(content["rank_tensors"]) == world_size == len(content["rank_values"]), "not one entry a rank")
     for table in (content["tensors"], *content["rank_tensors"]):
         for name, entry in table.items():
-            _need(entry["dtype"] in DTYPES, f"tensor {name!r}: dtype {entry['dtype']!r}")
+            _need(entry["dtype"] in TYPES, f"tensor {name!r}: dtype {entry['dtype']!r}")
             sizes(entry["shape"])
             _need(isinstance(entry["pieces"], list) and len(entry["pieces"]) > 0, f"tensor {name!r}: no pieces")
             for piece in entry["pieces"]:
@@ -222,6 +220,26 @@ def size_of(value: Any, least: int = 0) -> int:
 def sizes(values: Any) -> list[int]:
     _need(isinstance(values, list) and len(values) <= 64, f"{values!r} is no shape")
     return [size_of(v) for v in values]
+
+
+def check_cover(name: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> str | None:
+    """Return why (offset, shape) `pieces` do not tile a tensor of `shape`, or None: every element once, none outside."""
+    for offset, size in pieces:
+        if len(offset) != len(shape) or any(o < 0 or o + n > f for o, n, f in zip(offset, size, shape, strict=True)):
+            return f"tensor {name!r}: a piece of shape {list(size)} at {list(offset)} is outside {list(shape)}"
+    total = sum(count(size) for _, size in pieces)
+    if total != count(shape) or not pieces:
+        return f"tensor {name!r}: its pieces hold {total:,} of {count(shape):,} elements"
+    ordered = sorted(pieces, key=lambda piece: tuple(piece[0]))
+    for index, (offset, size) in enumerate(ordered):
+        for later in range(index + 1, len(ordered)):
+            other, other_size = ordered[later]
+            # In this order nothing further can overlap in dimension 0: linear for the usual cut along one dimension.
+            if other and other[0] >= offset[0] + size[0]:
+                break
+            if all(o < p + m and p < o + n for o, n, p, m in zip(offset, size, other, other_size, strict=True)):
+                return f"tensor {name!r}: two pieces overlap at {list(other)}"
+    return None
 
 
 def open_folder(path: Path | UrlPath) -> int:
@@ -288,8 +306,6 @@ def info_of(path: Path, manifest: Mapping[str, Any]) -> CheckpointInfo:
     Raises:
         CheckpointError: its folder is named for another step.
     """
-    from .state import join
-
     named = parse_folder(path.name)
     if named and named[0] != manifest["step"]:
         raise CheckpointError(f"{path}: the manifest is of step {manifest['step']}: the folder was renamed or swapped.")

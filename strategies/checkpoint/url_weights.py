@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .layout import DTYPES
+from .dtypes import DTYPES
 from .urls import UrlFile, UrlPath
 from .verified import Span, parse_header
 from .writer import Deferred, TensorFile, bytes_of, write_json

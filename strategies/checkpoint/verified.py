@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from ..errors import CheckpointError
-from .layout import DTYPES, MAX_HEADER, count, open_file, sizes
+from .layout import MAX_HEADER, TYPES, count, open_file, sizes
 
 T = TypeVar("T")
 
@@ -306,7 +306,7 @@ def parse_header(read_into: Callable[[int, memoryview], None], file_size: int) -
     read_into(8, text)
     content = json.loads(bytes(text))
     content.pop("__metadata__", None)
-    widths = {code: kind.itemsize for kind, code in DTYPES.values() if code}
+    widths = {code: size for size, code in TYPES.values() if code}
     spans: dict[str, Span] = {}
     for key, entry in content.items():
         start, end = sizes(entry["data_offsets"])

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ..errors import CheckpointError, ConfigError
 from ..named_state import Place, Source, whole
@@ -153,7 +152,8 @@ def untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
 def memory_of(tensor: Tensor) -> Any:
     """Return what two names of one tensor have in common: its memory, or, where it has none of its own here, the object."""
-    if isinstance(tensor, DTensor) or tensor.is_meta or not tensor.numel():
+    # A DTensor is known by its mesh: importing the class takes a second, which who shards nothing need not spend.
+    if hasattr(tensor, "device_mesh") or tensor.is_meta or not tensor.numel():
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from .layout import CHUNK, DTYPE_NAMES, NO_FOLDER, human, num_bytes, open_folder, stored_shape
+from .dtypes import DTYPE_NAMES
+from .layout import CHUNK, NO_FOLDER, human, num_bytes, open_folder, stored_shape
 from .urls import UrlPath, UrlSink
 
 _BIG = 8 * 2**20

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint.layout import DTYPES, MAX_HEADER, count, sizes
+from ..checkpoint.dtypes import DTYPES
+from ..checkpoint.layout import MAX_HEADER, count, sizes
 from ..checkpoint.weights import weight_files
 from ..errors import CheckpointError, ConfigError, suggest
 

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from drivetrain.strategies.checkpoint import CheckpointStore, Keep
-from drivetrain.strategies.checkpoint.reader import VerifiedFile
+from drivetrain.strategies.checkpoint.verified import VerifiedFile
 from drivetrain.strategies.errors import CheckpointError
 from drivetrain.strategies.world import World
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from drivetrain.strategies.checkpoint import Checkpoint, CheckpointStore, layout, reader, writer
+from drivetrain.strategies.checkpoint import Checkpoint, CheckpointStore, layout, verified, writer
 from drivetrain.strategies.errors import CheckpointError
 
 FILES = ("manifest.json", "shard-00000-of-00001.safetensors", "values.json", "values-00000.json")
@@ -215,7 +215,7 @@ def test_the_tests_notice_a_missing_checksum(root: Path, monkeypatch: pytest.Mon
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    monkeypatch.setattr(reader.VerifiedFile, "_check", lambda self, index, part: None)
+    monkeypatch.setattr(verified.VerifiedFile, "_check", lambda self, index, part: None)
     with pytest.raises(pytest.fail.Exception):
         is_noticed(root, shard.parent, FILES[1])
 

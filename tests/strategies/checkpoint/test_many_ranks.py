@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 from drivetrain.strategies.checkpoint import Checkpoint, CheckpointStore, Keep, Shard, layout
-from drivetrain.strategies.checkpoint.divide import Unit, check_cover, divide
+from drivetrain.strategies.checkpoint.divide import Unit, divide
+from drivetrain.strategies.checkpoint.layout import check_cover
 from drivetrain.strategies.errors import CheckpointError, ConfigError
 from drivetrain.strategies.world import World
 

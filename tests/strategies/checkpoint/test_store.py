@@ -15,18 +15,18 @@ from typing import Any, cast
 
 import pytest
 import torch
-from drivetrain.strategies.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore, Keep, Shard, layout, store
+from drivetrain.strategies.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore, Keep, Shard, dtypes, layout, store
 from drivetrain.strategies.checkpoint.writer import bytes_of
 from drivetrain.strategies.errors import CheckpointError, ConfigError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-DTYPES = list(layout.DTYPES)
+DTYPES = list(dtypes.DTYPES)
 
 
 def filled(dtype: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor of any type from random bytes: all bit patterns are met, NaNs with payload too."""
-    kind = layout.DTYPES[dtype][0]
+    kind = dtypes.DTYPES[dtype][0]
     raw = torch.randint(0, 2 if dtype == "bool" else 256, (max(1, layout.count(shape)) * kind.itemsize,), dtype=torch.uint8)
     return raw[: layout.count(shape) * kind.itemsize].view(kind).reshape(shape)
 
@@ -57,7 +57,7 @@ def test_every_type_comes_back_byte_for_byte(dtype: str, shape: tuple[int, ...],
 
 def test_the_tensor_files_are_plain_safetensors(tmp_path: Path) -> None:
     """Truth: the reference implementation reads the same values."""
-    tensors = {f"{d}{s}": filled(d, s) for d in DTYPES if layout.DTYPES[d][1] for s in ((), (3,), (0, 2), (4, 5))}
+    tensors = {f"{d}{s}": filled(d, s) for d in DTYPES if dtypes.DTYPES[d][1] for s in ((), (3,), (0, 2), (4, 5))}
     info = CheckpointStore(tmp_path).save(1, tensors, {})
     theirs = load_file(info.path / "shard-00000-of-00001.safetensors")
     assert theirs.keys() == tensors.keys()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +156,23 @@ def test_checkpoints_behind_a_url_are_looked_at_in_the_same_way(capsys: pytest.C
     assert told(capsys, "show", "memory://ckpt-cli")[1]["step"] == 2
     code, found = told(capsys, "export", "memory://ckpt-cli", "--to", "memory://ckpt-cli/weights")
     assert (code, found["files"]) == (0, ["memory:///ckpt-cli/weights/model.safetensors"])
+
+
+WITHOUT_TORCH = """
+import sys
+from drivetrain.trainer.cli.main import main
+codes = [main(["ckpt", action, sys.argv[1]]) for action in ("ls", "show", "verify")]
+print(codes, "torch" in sys.modules, file=sys.stderr)
+"""
+
+
+def test_looking_at_checkpoints_and_checking_them_starts_no_torch(tmp_path: Path) -> None:
+    """It takes seconds to import. A value that has a tensor in it, and a type that safetensors lacks, are no reason either."""
+    tensors = {"model/main/w": torch.ones(3), "model/main/c": torch.ones(2, dtype=torch.complex64)}
+    CheckpointStore(tmp_path).save(1, tensors, {"config": {"a": 1}, "callback/x": {"mean": torch.ones(2)}}, meta={"n": 1})
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.stderr == "[0, 0, 0] False\n"
+    assert "complex64" in ended.stdout
+    assert "step-00000001: whole" in ended.stdout
