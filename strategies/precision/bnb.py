@@ -13,6 +13,7 @@ Source: bitsandbytes; Dettmers et al. 2022, arXiv:2208.07339 (LLM.int8); 2023, a
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, UnknownName, suggest
 from .base import Precision
 from .formats import NumberFormat
-from .linears import Choice, LinearPrecision, LowPrecisionLinear, Matmul
+from .linears import Choice, LinearPrecision, LowPrecisionLinear, Matmul, verify_stored
 
 __all__ = ["BnB", "BnBRecipe", "FrozenLinear", "fp4", "int8", "nf4"]
 
@@ -116,6 +117,11 @@ class BnB(LinearPrecision):
             weight = module.weight
             device = weight.device
             packed, absmax = module.matmul.quantize(weight.detach().to(self._device))
+            if name in self.reports[-1].errors:  # one of each shape
+                product = functools.partial(
+                    module.matmul.packed, weight=packed, absmax=absmax, shape=(module.out_features, module.in_features)
+                )
+                verify_stored(self.reports[-1], name, self.name, self.limits[0], weight.detach(), product, self._device)
             weight.requires_grad_(False)
             weight.grad = None
             weight.data = packed.to(device)

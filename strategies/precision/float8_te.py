@@ -29,12 +29,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ConfigError, MissingDependency, UnknownName, suggest, unknown_name
 from .base import Precision
 from .formats import NumberFormat
-from .linears import Choice, Chooser, Report
+from .linears import Choice, Chooser, Report, relative_error
 from .mixed import BF16Mixed
 
 __all__ = ["NEEDED", "RECIPES", "Float8TE", "TERecipe", "block", "current", "missing", "mxfp8", "nvfp4"]
@@ -116,6 +117,7 @@ class Float8TE(Precision):
 
     name = "fp8-te"
     autocast_dtype = torch.bfloat16
+    _device = torch.device("cuda")
 
     def __init__(self, recipe: TERecipe | str = "delayed") -> None:
         self.recipe = TERecipe(scaling=recipe) if isinstance(recipe, str) else recipe
@@ -129,6 +131,7 @@ class Float8TE(Precision):
 
     def available(self, device: torch.device) -> str | None:
         """CUDA only, where TransformerEngine is built, and what it says itself about the device and the recipe."""
+        self._device = device
         if device.type != "cuda":
             return (
                 f"precision={self.name!r} was asked for on {device.type}, and TransformerEngine needs CUDA (float8 from compute "
@@ -182,6 +185,7 @@ class Float8TE(Precision):
             report.converted.remove(linear)
             report.fused.append(linear)
         self._context = _Autocast(te, self.recipe)
+        self._verify(model, report, te)
         for name in report.converted:
             self._swap(model, name, te.Linear, "in_features", "out_features", bias=True)
         if self.recipe.norms:
@@ -192,6 +196,46 @@ class Float8TE(Precision):
         report.converted += report.fused
         self.reports.append(report)
         return model
+
+    @torch.no_grad()  # TransformerEngine then reduces nothing, and keeps no note of the module
+    def _verify(self, model: nn.Module, report: Report, te: Any) -> None:
+        """Multiply by TransformerEngine with one Linear of each shape, and compare with bf16 and with the truth.
+
+        A module of its own is asked, so that no scale of the model's is touched. In the place of delayed scaling it multiplies by
+        current scaling: TransformerEngine notes each module that ever ran with delayed scales, and reduces theirs for good.
+        Raises:
+            ConfigError: the output equals bf16's bit for bit (nothing was converted), or is too far off.
+        """
+        recipe = TERecipe(scaling="current").build() if self.recipe.scaling == "delayed" else self.recipe.build()
+        own = torch.Generator().manual_seed(0)
+        limit = 0.25 if self.recipe.scaling == "nvfp4" else 0.08
+        for name in report.converted:
+            linear: Any = model.get_submodule(name)
+            where = f"precision={self.name!r}: {name} of {report.model}, {linear.in_features}x{linear.out_features},"
+            if any(model.get_submodule(n).weight.shape == linear.weight.shape for n in report.errors):
+                continue
+            weight = linear.weight.detach()
+            if weight.is_meta or not weight.any():
+                weight = torch.randn(weight.shape, generator=own)
+            weight = weight.to(self._device, torch.bfloat16)
+            x = torch.randn(32, linear.in_features, generator=own).to(self._device, torch.bfloat16)
+            probe = te.Linear(
+                linear.in_features, linear.out_features, bias=False, params_dtype=torch.bfloat16, device=self._device
+            ).eval()
+            probe.weight.copy_(weight)
+            with te.autocast(enabled=True, recipe=recipe):
+                found = probe(x)
+            report.errors[name] = relative_error(found, x.double() @ weight.double().T)
+            if torch.equal(found, F.linear(x, weight)):
+                raise ConfigError(
+                    f"{where} gives the output of bf16 bit for bit: TransformerEngine does nothing here. That is a fault of its "
+                    f"version, or of its recipe. {_NEAREST}"
+                )
+            if not report.errors[name] <= limit:
+                raise ConfigError(
+                    f"{where} has a relative error of {report.errors[name]:.3g} in its output where at most {limit:g} was "
+                    f"expected. {_NEAREST}"
+                )
 
     def _fuse(self, model: nn.Module, norm_name: str, name: str, te: Any) -> None:
         """Put a LayerNormLinear in the place of a Linear, with the parameters of the norm, which lets everything pass then."""

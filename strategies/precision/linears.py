@@ -30,7 +30,7 @@ from .formats import NumberFormat
 from .mixed import BF16Mixed, BF16True
 
 __all__ = ["Choice", "Chooser", "LinearPrecision", "LowPrecisionLinear", "Matmul", "Report"]
-__all__ += ["choose", "layer_errors", "relative_error", "restore", "swap", "verify"]
+__all__ += ["choose", "layer_errors", "relative_error", "restore", "swap", "verify", "verify_stored"]
 
 _SHOWN = 4  # how many names of one kind a line lists
 _PRODUCTS = ("output", "input's gradient", "weight's gradient")
@@ -242,16 +242,53 @@ def verify(model: nn.Module, report: Report, precision: str, limits: tuple[float
         report.errors[name] = errors["output"]
         where = f"precision={precision!r}: {name} of {report.model}, {module.in_features}x{module.out_features},"
         if errors["equal"]:
-            raise ConfigError(
-                f"{where} gives the output and gradients of bf16 bit for bit: nothing was converted. "
-                "That is a fault of the backend with this version of torch or torchao. Use 'bf16-mixed' or another backend."
-            )
+            raise _does_nothing(where, "output and gradients")
         for what, limit in zip(_PRODUCTS, (limits[0], limits[1], limits[1]), strict=True):
             if not errors[what] <= limit:
                 raise ConfigError(
                     f"{where} has a relative error of {errors[what]:.3g} in its {what} where at most {limit:g} was expected. Its "
                     f"weights may hold outliers: leave it in high precision, with skip=({name!r},) in the recipe."
                 )
+
+
+@torch.no_grad()
+def verify_stored(
+    report: Report,
+    name: str,
+    precision: str,
+    limit: float,
+    weight: Tensor,
+    product: Callable[[Tensor], Tensor],
+    device: torch.device,
+) -> None:
+    """Compare the `product` with a weight that was put into another form for good with that of the `weight` that it was.
+
+    Raises:
+        ConfigError: it equals bf16's bit for bit, or is off by more than `limit`.
+    """
+    if weight.is_meta or not weight.any():
+        return
+    where = f"precision={precision!r}: {name} of {report.model}, {weight.shape[1]}x{weight.shape[0]},"
+    own = torch.Generator().manual_seed(0)
+    x = torch.randn(_ROWS, weight.shape[1], generator=own).to(device, torch.bfloat16)
+    weight = weight.to(device)
+    with torch.autocast(device.type, enabled=False):
+        found = product(x)
+        error = relative_error(found, x.double() @ weight.double().T)
+        if torch.equal(found, F.linear(x, weight.to(torch.bfloat16))):
+            raise _does_nothing(where, "output")
+    if not error <= limit:
+        raise ConfigError(
+            f"{where} is off by {error:.3g} once its weight is stored, where at most {limit:g} was expected. That is a fault of "
+            f"the backend, or its weights hold outliers: leave it in high precision, with skip=({name!r},) in the recipe."
+        )
+
+
+def _does_nothing(where: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"{where} gives the {what} of bf16 bit for bit: nothing was converted. That is a fault of the backend with this version "
+        "of torch or of its package. Use 'bf16-mixed' or another backend."
+    )
 
 
 def _errors(module: LowPrecisionLinear, device: torch.device) -> dict[str, float]:

@@ -12,6 +12,7 @@ Source: torchao.prototype.quantized_training (0.18); Ma et al. 2024, arXiv:2402.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..errors import ConfigError
 from . import _torchao
 from .base import Precision
 from .formats import NumberFormat
-from .linears import Choice, LinearPrecision, LowPrecisionLinear, Matmul
+from .linears import Choice, LinearPrecision, LowPrecisionLinear, Matmul, verify_stored
 
 __all__ = ["BitNetAO", "Int8AO", "Int8Recipe", "Int8WeightsAO", "Int8WeightsRecipe"]
 
@@ -206,6 +207,9 @@ class Int8WeightsAO(_TorchaoLinears):
             module = model.get_submodule(name)
             assert isinstance(module, LowPrecisionLinear)
             new = nn.Parameter(weight_class.from_float(module.weight), requires_grad=module.weight.requires_grad)
+            if name in self.reports[-1].errors:  # one of each shape
+                product = functools.partial(module.product, weight=new.to(self._device))
+                verify_stored(self.reports[-1], name, self.name, self.limits[0], module.weight.detach(), product, self._device)
             torch.utils.swap_tensors(module.weight, new)
             module.register_state_dict_post_hook(_to_plain)
         return model

@@ -123,6 +123,25 @@ def test_two_ranks_of_ddp_train_and_fsdp_is_refused(ranks: Any, tmp_path: Path) 
         assert "which fsdp cannot cut into rows" in told
 
 
+@needs_bnb
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("fault", ["nothing", "wrong"])
+def test_packed_weights_that_multiply_wrongly_are_found_out(name: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bitsandbytes' own products, which the check before the packing does not use."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    plain = model.state_dict()["1.weight"].clone()
+
+    def wrong(matmul: Any, input: torch.Tensor, weight: torch.Tensor, absmax: torch.Tensor, shape: Any) -> torch.Tensor:
+        return input @ plain.to(input.dtype).T if fault == "nothing" else real(matmul, input, weight, absmax, shape) * 2
+
+    real = bnb.BnBMatmul.packed
+    monkeypatch.setattr(bnb.BnBMatmul, "packed", wrong)
+    says = "gives the output of bf16 bit for bit" if fault == "nothing" else "is off by .* once its weight is stored"
+    with pytest.raises(ConfigError, match=says):
+        make_precision(name).convert(model)
+
+
 def test_without_the_package_the_way_to_get_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bnb.importlib.util, "find_spec", lambda name: None)
     for name in FORMATS:

@@ -149,6 +149,7 @@ def stand_in(real_recipes: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", te)
     monkeypatch.setitem(sys.modules, "transformer_engine_torch", compiled)
     monkeypatch.setattr(Float8TE, "available", lambda self, device: None)
+    monkeypatch.setattr(Float8TE, "_device", torch.device("cpu"))
     AUTOCAST.clear()
     return te
 
@@ -264,6 +265,26 @@ def test_modules_are_swapped_and_had_back_with_the_same_parameters(stand_in: Any
     assert precision.restore(model) == 3
     assert [type(m) for m in model] == before
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+
+
+def test_it_is_proved_on_each_shape_that_something_was_converted(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classic fault is an adapter that does nothing, silently; the next is one that does something else."""
+    precision, model = Float8TE(), model_with_norms()
+    model.append(nn.Linear(32, 32))
+    precision.convert(model)
+    assert list(precision.reports[0].errors) == ["2", "4"]
+    assert all(0.01 < error < 0.05 for error in precision.reports[0].errors.values())
+    assert "output off by" in precision.explain()
+    assert not AUTOCAST
+    monkeypatch.setattr(TEAutocast, "__enter__", lambda self: AUTOCAST.append({"enabled": False}))
+    with pytest.raises(ConfigError, match="2 of Sequential, 64x64, gives the output of bf16 bit for bit: Transformer"):
+        Float8TE().convert(model_with_norms())
+
+
+def test_an_output_that_is_too_far_off_is_found_out(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TELinear, "forward", lambda self, x: 1.2 * F.linear(x, self.weight))
+    with pytest.raises(ConfigError, match=r"has a relative error of 0\.2\d* in its output where at most 0\.08 was expected"):
+        Float8TE("current").convert(model_with_norms())
 
 
 def test_a_step_runs_under_both_autocasts_and_an_evaluation_as_asked(stand_in: Any) -> None:

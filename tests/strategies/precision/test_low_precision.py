@@ -200,6 +200,44 @@ def test_compiled_blocks_give_the_losses_of_eager_ones(name: str, tmp_path: Path
     assert losses == pytest.approx(eager, abs=0.01)
 
 
+class Nothing:
+    """A product that was silently not replaced."""
+
+    def __init__(self, instead_of: Any) -> None:
+        self.multiple, self.formats = instead_of.multiple, instead_of.formats
+
+    def __call__(self, input: Any, weight: Any) -> Any:
+        return torch.nn.functional.linear(input, weight.to(input.dtype))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_backend_of_torchao_that_does_nothing_is_found_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    precision: Any = make_precision(name)
+    monkeypatch.setattr(precision, "make_matmul", lambda device: Nothing(type(precision).make_matmul(precision, device)))
+    with pytest.raises(
+        ConfigError, match=r"blocks\.0\.out of TinyGPT, 64x64, gives the output and gradients of bf16 bit for bit"
+    ):
+        precision.convert(TinyGPT())
+
+
+@pytest.mark.parametrize("factor", [None, 2.0])
+def test_int8_weights_that_are_stored_wrongly_are_found_out(factor: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check before the weights are replaced multiplies rounded ones; this one what was stored."""
+    from drivetrain.strategies.precision import quantized
+
+    def wrong(matmul: Any, input: Any, weight: Any) -> Any:
+        if not isinstance(weight, matmul.weight_class):
+            return real(matmul, input, weight)
+        return input @ plain.to(input.dtype).T if factor is None else real(matmul, input, weight) * factor
+
+    real, model = quantized.Int8WeightMatmul.__call__, TinyGPT()
+    plain: Any = model.blocks[0].out.weight.detach().clone()  # type: ignore[union-attr]
+    monkeypatch.setattr(quantized.Int8WeightMatmul, "__call__", wrong)
+    says = "gives the output of bf16 bit for bit" if factor is None else "is off by .* once its weight is stored"
+    with pytest.raises(ConfigError, match=says):
+        make_precision("int8-weights-ao").convert(model)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_ragged_last_batch_is_padded_without_a_change_of_the_others(name: str) -> None:
     """Rows of zeros change no scale and no product: a batch gives the same output with and without another that pads it."""
