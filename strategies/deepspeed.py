@@ -198,8 +198,8 @@ class DeepSpeedStrategy(DeepSpeedOptions):
         held = owners[0]
         if held.front is not None:
             raise ConfigError(
-                f"The model {names} has an optimizer already. DeepSpeed gives a model one, which steps all of its pieces: use its "
-                "parameter groups, or name the parts as models of their own."
+                f"The model {names} has an optimizer already. DeepSpeed gives a model one, which steps all of its pieces: use "
+                "its parameter groups, or name the parts as models of their own."
             )
         if held.engine is not None and not self.inference:
             raise ConfigError(f"The model {names} was evaluated before its optimizer was prepared. Prepare the optimizer first.")

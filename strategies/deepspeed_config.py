@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import ConfigError, UnknownName, suggest
 
-__all__ = ["AUTO", "ZERO_KEYS", "contradictions", "fill", "precision_of", "read_config", "read_peers"]
+__all__ = ["AUTO", "ZERO_KEYS", "contradictions", "fill", "precision_of", "read_config", "read_peers", "without_auto"]
 
 AUTO = "auto"
 # The fields of DeepSpeed 0.19's DeepSpeedZeroConfig, with the names that its JSON uses; pinned by a test.
@@ -31,6 +31,24 @@ ZERO_KEYS = (
     *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "memory_efficient_linear"),
     *("pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
     *("save_muon_momentum_buffer_in_memory", "leaf_module", "mics_shard_size", "mics_hierarchical_params_gather"),
+)
+# The sections of its JSON, and its single values; None is written for "not given".
+SECTIONS = (
+    *("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast", "zero_optimization", "activation_checkpointing", "aio"),
+    *("flops_profiler", "autotuning", "tensorboard", "wandb", "comet", "csv_monitor", "comms_logger", "elasticity", "compile"),
+    *("data_efficiency", "curriculum_learning", "checkpoint", "data_types", "pipeline", "hybrid_engine", "tensor_parallel"),
+    *("expert_parallel", "weight_quantization", "compression_training", "datastates_ckpt", "timers", "zenflow"),
+)
+VALUES = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "managed_gradient_accumulation"),
+    *("steps_per_print", "gradient_clipping", "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op"),
+    *("communication_data_type", "seq_parallel_communication_data_type", "sparse_gradients", "disable_allgather", "dump_state"),
+    *("disable_python_gc", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown"),
+    *("memory_breakdown", "use_data_before_expert_parallelism", "dataloader_drop_last", "log_level", "vocabulary_size"),
+)
+_OFFLOAD_KEYS = (
+    *("device", "nvme_path", "buffer_count", "buffer_size", "pin_memory", "max_in_cpu", "pipeline_read", "pipeline_write"),
+    *("fast_init", "ratio", "super_offload", "cpuadam_cores_perc"),
 )
 # Lightning's and Accelerate's spellings of what is one of ours: their name -> ours.
 _ALIASES = {
@@ -65,6 +83,8 @@ _REFUSED = {
     "elasticity": "Restarts and changes of the number of processes are the launcher's.",
     "curriculum_learning": "The data's order is the loader's.",
     "data_efficiency": "The data's order is the loader's.",
+    "tensor_parallel": "Say strategy='fsdp:2+tp:2' for example, whose checkpoints any strategy reads.",
+    "expert_parallel": "Say strategy='fsdp:4+ep:2' for example, whose checkpoints any strategy reads.",
     "zenflow": "It steps the optimizer by a schedule of its own.",
 }
 
@@ -76,7 +96,11 @@ def read_config(given: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: no such file, no JSON, or a key twice.
     """
     if isinstance(given, Mapping):
-        return json.loads(json.dumps(given))
+        return _checked(json.loads(json.dumps(given)))
+    if (held := getattr(given, "config", None)) is not None and isinstance(held, Mapping):  # an HfDeepSpeedConfig of the peers
+        return _checked(json.loads(json.dumps(held)))
+    if not isinstance(given, str | Path):
+        raise ConfigError(f"DeepSpeed's configuration is a path of a JSON file or a dict, got {type(given).__name__}.")
     path = Path(given)
     if not path.is_file():
         raise ConfigError(
@@ -88,7 +112,40 @@ def read_config(given: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{path} is no JSON: {error}. DeepSpeed's configuration is a JSON object.") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds a {type(found).__name__}. DeepSpeed's configuration is a JSON object.")
-    return found
+    return _checked(found)
+
+
+def _checked(config: dict[str, Any]) -> dict[str, Any]:
+    """Return `config`, whose keys are DeepSpeed's; it ignores others, and those that begin with "_" are for notes.
+
+    Raises:
+        UnknownName, ConfigError: an unknown key with the nearest known one, a section that is no object.
+    """
+    _known(config, (*SECTIONS, *VALUES), "the DeepSpeed JSON")
+    for key in SECTIONS:
+        if not isinstance(config.get(key) or {}, dict):
+            raise ConfigError(f"{key} of the DeepSpeed JSON is {config[key]!r}, and must be an object: {{{key!r}: {{...}}}}.")
+    zero = config.get("zero_optimization") or {}
+    _known(zero, ZERO_KEYS, "zero_optimization of the DeepSpeed JSON")
+    for key in ("offload_optimizer", "offload_param"):
+        section: Any = zero.get(key) or {}
+        if section != AUTO:
+            _known(section, _OFFLOAD_KEYS, f"zero_optimization.{key} of the DeepSpeed JSON")
+    for key in ("bf16", "fp16"):
+        if config.get(key) and "enabled" not in config[key]:
+            raise ConfigError(
+                f"{key} of the DeepSpeed JSON has no 'enabled', and would be off. Write 'enabled': true, or 'auto'."
+            )
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _known(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    names = list(known)
+    for key in given:
+        if key not in names and not key.startswith("_"):
+            raise UnknownName(
+                f"{key!r} is no key of {where}, which would ignore it.{suggest(key, names)} Take it out or rename it."
+            )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -222,11 +279,11 @@ def fill(
         made["data_types"] = {"grad_accum_dtype": "fp32"} | dict(config.get("data_types", {}))
     if weights_in == "fp16":
         made["fp16"] |= {"loss_scale": 1.0}  # the precision scales the loss
-    return _without_auto(made)
+    return without_auto(made)
 
 
-def _without_auto(value: Any) -> Any:
+def without_auto(value: Any) -> Any:
     """Leave out what is still "auto": DeepSpeed's default holds then."""
     if isinstance(value, dict):
-        return {k: _without_auto(v) for k, v in value.items() if v != AUTO}
+        return {k: without_auto(v) for k, v in value.items() if v != AUTO}
     return value

@@ -168,6 +168,8 @@ class DeepSpeedOptions(Strategy):
         why_not = ""
         if short == "fp16" and not deepspeed_engine.has_fp16(self.device):
             why_not = f"DeepSpeed has no fp16 on {self.device.type}"
+            if self.device.type == "cpu":
+                why_not += " whose oneDNN has none (torch.ops.mkldnn._is_mkldnn_fp16_supported() is False)"
         elif model is not None and (norms := [k for k, m in model.named_modules() if _has_statistics(m)]):
             why_not = f"{norms[0]} keeps fp32 statistics, which torch does not mix with {short} weights"
         if not why_not:

@@ -242,8 +242,8 @@ class Partitions:
     def forget(self) -> None:
         """After a step, set the gradients to zero where DeepSpeed keeps them.
 
-        It writes the next ones over these, or adds to them after the first micro-batch. A parameter that rests in the next window,
-        or in its first micro-batch, would be stepped with what is left here.
+        It writes the next ones over these, or adds to them after the first micro-batch. A parameter that rests in the next
+        window, or in its first micro-batch, would be stepped with what is left here.
         """
         zero = self.zero
         if self.stage == 3:

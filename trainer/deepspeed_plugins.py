@@ -53,8 +53,18 @@ class DeepSpeedPlugin:
         zero3_init_flag: bool | None = None,
         zero3_save_16bit_model: bool | None = None,
         transformer_moe_cls_names: str | None = None,
+        enable_msamp: bool | None = None,
+        msamp_opt_level: str | None = None,
     ) -> None:
         from ..strategies.deepspeed_config import read_config
+
+        if enable_msamp or msamp_opt_level:
+            raise ConfigError(
+                "DeepSpeedPlugin(enable_msamp=True): MS-AMP is not maintained any more, and DeepSpeed has fp32, bf16 and fp16 "
+                "here. Leave it out; precision='fp8-ao' goes with strategy='fsdp' or 'ddp'."
+            )
+        if hf_ds_config == "none":
+            hf_ds_config = None
 
         if zero3_init_flag:
             raise ConfigError(
@@ -64,6 +74,11 @@ class DeepSpeedPlugin:
         self.hf_ds_config = hf_ds_config
         self.deepspeed_config: dict[str, Any] = {} if hf_ds_config is None else read_config(hf_ds_config)
         zero = self.deepspeed_config.setdefault("zero_optimization", {})
+        if zero_stage is not None and zero.get("stage", "auto") not in ("auto", zero_stage):
+            raise ConfigError(
+                f"DeepSpeedPlugin(zero_stage={zero_stage}) and its JSON's zero_optimization.stage={zero['stage']} differ. Name "
+                "it once."
+            )
         if zero_stage is not None:
             zero["stage"] = zero_stage
         elif zero.get("stage", "auto") == "auto":
@@ -73,7 +88,14 @@ class DeepSpeedPlugin:
             ("offload_param", offload_param_device, offload_param_nvme_path),
         ):
             if device not in (None, "none"):
-                zero[key] = {"device": device} | ({"nvme_path": path} if path else {})
+                said: Any = zero.get(key) or {}
+                if said != "auto" and said.get("device", "auto") not in ("auto", device):
+                    raise ConfigError(
+                        f"DeepSpeedPlugin({key}_device={device!r}) and its JSON's {key}.device={said['device']!r} differ. "
+                        "Name it once, or write 'auto' there."
+                    )
+                rest = {} if said == "auto" else {k: v for k, v in said.items() if v != "auto"}
+                zero[key] = rest | {"device": device} | ({"nvme_path": path} if path not in (None, "none") else {})
         if zero3_save_16bit_model is not None:
             zero["stage3_gather_16bit_weights_on_model_save"] = zero3_save_16bit_model
         if gradient_clipping is not None:
@@ -95,6 +117,16 @@ class DeepSpeedPlugin:
         said = self.deepspeed_config.get("gradient_accumulation_steps", "auto")
         return None if said == "auto" else int(said)
 
+    @property
+    def gradient_clipping(self) -> float | None:
+        """The norm that the plugin clips to; None where it is "auto", or not said."""
+        said = self.deepspeed_config.get("gradient_clipping", "auto")
+        return None if said == "auto" else float(said)
+
+    def is_auto(self, ds_key_long: str) -> bool:
+        """Whether a value of the JSON, by its dotted key, is left to be filled."""
+        return self.get_value(ds_key_long) == "auto"
+
     def get_value(self, ds_key_long: str, default: Any = None) -> Any:
         """Return a value of the JSON by its dotted key."""
         found: Any = self.deepspeed_config
@@ -106,7 +138,10 @@ class DeepSpeedPlugin:
 
     @property
     def config(self) -> dict[str, Any]:
-        return self.deepspeed_config
+        """The JSON as deepspeed.zero.Init(config_dict_or_path=...) takes it: without what is still "auto"."""
+        from ..strategies.deepspeed_config import without_auto
+
+        return {"train_micro_batch_size_per_gpu": 1} | without_auto(self.deepspeed_config)
 
     def is_zero3_init_enabled(self) -> bool:
         return bool(self.zero3_init_flag)
@@ -179,6 +214,11 @@ class HasPlugins:
     def get_deepspeed_plugin(self, name: str) -> DeepSpeedPlugin:
         """Return the plugin `name`."""
         return self._plugins().get(name)
+
+    @property
+    def deepspeed_config(self) -> dict[str, Any]:
+        """The JSON of the plugin that is selected, `auto` where nothing is filled yet."""
+        return self._plugins().active.deepspeed_config
 
     def _plugins(self) -> Plugins:
         if self.plugins is None:

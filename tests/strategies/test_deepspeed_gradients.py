@@ -1,6 +1,6 @@
 """Gradients that DeepSpeed keeps in buffers of its own are those of this window, also where a parameter takes no part in it.
 
-Under stage 3, and with an offloaded optimizer, its buffers keep what came last: a layer that rests would be stepped with that again.
+Under stage 3, and with an offloaded optimizer, its buffers keep what came last: a layer that rests would be stepped with that.
 """
 
 from __future__ import annotations

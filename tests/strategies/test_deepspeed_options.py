@@ -164,3 +164,69 @@ def quantized(key: str) -> str:
 def test_zero_plus_plus_in_8_bits_is_refused_where_its_kernels_cannot_be(key: str, ranks: Any) -> None:
     said = ranks(1, quantized, key)[0]
     assert f"{key}: DeepSpeed has no kernels for it on cpu" in said
+
+
+@pytest.mark.slow
+def test_zero_plus_plus_in_pairs_of_four_processes(ranks: Any) -> None:
+    """The primary pieces are quarters, the second copies halves, gathered within a pair."""
+    found = ranks(4, trained, Net, sgd, False, CUT_UP | {"zero_hpz_partition_size": 2}, timeout=120)[0]
+    assert_same(found, plain(Net, sgd))
+
+
+def halves(stage: int) -> tuple[dict[str, list[float]], str]:
+    accelerator = Accelerator(strategy=DeepSpeedStrategy(stage=stage), precision="fp16-mixed")
+    model = Net()
+    model, optimizer = accelerator.prepare(model, sgd(model.parameters()))
+    for x in batches(False):
+        accelerator.backward(model(x[accelerator.process_index :: accelerator.num_processes]).pow(2).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = dict(accelerator.strategy.explain()).get("weights", "")
+    found = {n: t.flatten().tolist() for n, t in accelerator.get_state_dict(model).items()}
+    accelerator.end_training()
+    return found, weights
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_fp16_on_a_cpu_is_autocast_over_fp32_weights_and_says_so(stage: int, ranks: Any) -> None:
+    """DeepSpeed has fp16 weights on a CPU only where oneDNN has (AVX512-FP16); the loss scale is ours either way."""
+    found, weights = ranks(2, halves, stage)[0]
+    model = Net()
+    optimizer = sgd(model.parameters())
+    for x in batches(False):
+        model(x).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, weight in model.state_dict().items():
+        assert found[name] == pytest.approx(weight.flatten().tolist(), abs=2e-3), name
+    assert found != {n: t.flatten().tolist() for n, t in model.state_dict().items()}
+    supported = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    words = "fp16, with fp32 masters" if supported else "fp32, under autocast   chosen: DeepSpeed has no fp16 on cpu"
+    assert weights.startswith(words)
+
+
+MISSPELT: dict[str, tuple[dict[str, Any], str]] = {
+    "a section": ({"zero_optimisation": {"stage": 3}}, "Did you mean 'zero_optimization'"),
+    "a key of ZeRO": ({"zero_optimization": {"stage": 3, "reduce_bucket_sise": 5}}, "Did you mean 'reduce_bucket_size'"),
+    "a key of offload": ({"zero_optimization": {"offload_param": {"devise": "cpu"}}}, "Did you mean 'device'"),
+    "a precision that would be off": ({"bf16": {}, "fp16": {"enable": True}}, "fp16 of the DeepSpeed JSON has no 'enabled'"),
+    "a section that is a word": ({"optimizer": "AdamW"}, "optimizer of the DeepSpeed JSON is 'AdamW', and must be an object"),
+}
+
+
+@pytest.mark.parametrize("case", list(MISSPELT))
+def test_a_key_that_deepspeed_would_ignore_is_refused(case: str) -> None:
+    """It would run as stage 0 without a word; keys that begin with "_" are notes."""
+    config, words = MISSPELT[case]
+    with pytest.raises(ConfigError, match=words):
+        DeepSpeedStrategy(config=config)
+    assert DeepSpeedStrategy(config={"_note": "ours", "zero_optimization": {"stage": 1}}).stage == 1
+
+
+def test_a_section_that_would_shard_in_its_own_way_is_refused(ranks: Any) -> None:
+    def said() -> str:
+        with pytest.raises(ConfigError) as caught:
+            trained(Net, sgd, False, {"config": {"tensor_parallel": {"autotp_size": 2}}})
+        return str(caught.value)
+
+    assert "the section 'tensor_parallel', which is not DeepSpeed's to do here (Say strategy='fsdp:2+tp:2'" in ranks(1, said)[0]

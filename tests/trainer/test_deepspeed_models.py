@@ -5,6 +5,9 @@ The truth is a plain PyTorch loop in one process over the global batches, in fp3
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +20,9 @@ from drivetrain.strategies.errors import ConfigError, UnknownName
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-library(torch.device("cpu"))
+deepspeed = library(torch.device("cpu"))
+
+from deepspeed.runtime import lr_schedules  # noqa: E402  # by `library`, quietly
 
 SAMPLES, GLOBAL = 24, 4
 ZERO2 = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", "zero_optimization": {"stage": 2}}
@@ -238,3 +243,126 @@ def test_what_is_no_plugin_is_refused() -> None:
         DeepSpeedPlugin(zero_stage=3, zero3_init_flag=True)
     with pytest.raises(ConfigError, match="must be a DeepSpeedPlugin"):
         Accelerator(deepspeed_plugins={"a": 3})
+
+
+FULL = {
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.0, "torch_adam": True}},
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {"warmup_num_steps": "auto", "warmup_max_lr": "auto", "total_num_steps": "auto", "warmup_type": "linear"},
+    },
+    **ZERO2,
+}
+# The guide's first use case with `optimizer` and `scheduler` in the JSON, a teacher built under zero.Init by hand, batches that
+# are dicts and models that return their loss. It is run with the first word of its imports changed.
+SCRIPT = """
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler, get_active_deepspeed_plugin
+
+plugins = {"student": DeepSpeedPlugin(hf_ds_config="full.json"), "teacher": DeepSpeedPlugin(hf_ds_config="zero3.json")}
+accelerator = Accelerator(deepspeed_plugin=plugins)
+assert get_active_deepspeed_plugin(accelerator.state) is plugins["student"] is accelerator.deepspeed_plugin
+assert accelerator.deepspeed_config["zero_optimization"]["stage"] == 2
+student = build(0, 8)
+has_optimizer = "optimizer" in accelerator.state.deepspeed_plugin.deepspeed_config
+optimizer = (DummyOptim if has_optimizer else torch.optim.AdamW)(student.parameters(), lr=1e-2)
+scheduler = DummyScheduler(optimizer, total_num_steps=12, warmup_num_steps=4)
+student, optimizer, scheduler, batches = accelerator.prepare(student, optimizer, scheduler, batches)
+accelerator.state.enable_deepspeed_plugin("teacher")
+with deepspeed.zero.Init(config_dict_or_path=accelerator.deepspeed_plugin.config):
+    teacher = build(1, 16)
+teacher = accelerator.prepare(teacher)
+student.train()
+teacher.eval()
+for epoch in range(2):
+    for batch in batches:
+        with torch.no_grad():
+            output_teacher = teacher(**batch)
+        output_student = student(**batch)
+        accelerator.backward(output_teacher["loss"] + output_student["loss"])
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+"""
+
+
+class Answers(nn.Module):
+    """Returns its loss beside its answer, as models of transformers do."""
+
+    def __init__(self, seed: int, hidden: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.last = nn.Linear(3, hidden), nn.Linear(hidden, 5)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": F.mse_loss(self.last(self.first(x).tanh()), labels)}
+
+
+def labelled(ranks: int) -> DataLoader[Any]:
+    x = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(5))
+    rows: Any = [{"x": row, "labels": row.sum().expand(5)} for row in x]
+    return DataLoader(rows, batch_size=GLOBAL // ranks)
+
+
+def scripted(size: int, folder: Path) -> list[dict[str, list[float]]]:
+    os.chdir(folder)
+    names: dict[str, Any] = {"build": Answers, "batches": labelled(size), "deepspeed": deepspeed}
+    exec(SCRIPT.replace("accelerate.utils", "drivetrain").replace("accelerate import", "drivetrain import"), names)
+    assert all(hasattr(p, "ds_id") for p in names["teacher"].parameters())
+    return whole(names["accelerator"], names["student"], names["teacher"])
+
+
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_script_with_optimizer_and_scheduler_in_the_json_runs_by_its_imports_alone(
+    size: int, ranks: Any, tmp_path: Path
+) -> None:
+    """Warm-up to 1e-2 in four steps, and down to nothing at the twelfth, which is the last."""
+    (tmp_path / "full.json").write_text(json.dumps(FULL))
+    (tmp_path / "zero3.json").write_text(json.dumps(ZERO3))
+    student = Answers(0, 8)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2, weight_decay=0.0)
+    scheduler = lr_schedules.WarmupDecayLR(optimizer, 12, 0.0, 1e-2, 4, "linear")
+    for _ in range(2):
+        for batch in labelled(1):
+            optimizer.zero_grad()
+            student(**batch)["loss"].backward()
+            optimizer.step()
+            scheduler.step()
+    found = ranks(size, scripted, size, tmp_path)[0]
+    for name, weight in student.state_dict().items():
+        assert found[0][name] == pytest.approx(weight.flatten().tolist(), rel=1e-4, abs=1e-5), name
+
+
+PLUGINS: dict[str, tuple[dict[str, Any], str]] = {
+    "two stages": ({"hf_ds_config": ZERO3, "zero_stage": 2}, r"zero_stage=2\) and its JSON's zero_optimization.stage=3 differ"),
+    "two places": (
+        {"hf_ds_config": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param_device": "nvme"},
+        "'nvme'.* and its JSON's offload_param.device='cpu' differ",
+    ),
+    "MS-AMP": ({"enable_msamp": True}, "MS-AMP is not maintained any more"),
+    "a misspelt key": ({"hf_ds_config": {"zero_optimisation": {}}}, "Did you mean 'zero_optimization'"),
+}
+
+
+@pytest.mark.parametrize("case", list(PLUGINS))
+def test_what_a_plugin_and_its_json_say_differently_is_named(case: str) -> None:
+    given, words = PLUGINS[case]
+    with pytest.raises(ConfigError, match=words):
+        DeepSpeedPlugin(**given)
+
+
+def test_a_plugin_is_asked_as_accelerates_is() -> None:
+    plugin = DeepSpeedPlugin(
+        hf_ds_config={"zero_optimization": {"stage": "auto", "offload_param": {"device": "auto", "pin_memory": True}}},
+        zero_stage=3,
+        offload_param_device="cpu",
+        offload_optimizer_device="none",
+        gradient_clipping=0.5,
+        gradient_accumulation_steps=4,
+    )
+    assert (plugin.zero_stage, plugin.gradient_clipping, plugin.gradient_accumulation_steps) == (3, 0.5, 4)
+    assert plugin.get_value("zero_optimization.offload_param") == {"device": "cpu", "pin_memory": True}
+    assert not plugin.is_auto("zero_optimization.stage")
+    assert DeepSpeedPlugin(hf_ds_config={"bf16": {"enabled": "auto"}}).is_auto("bf16.enabled")
+    assert "bf16" not in DeepSpeedPlugin(hf_ds_config={"train_batch_size": "auto"}).config
