@@ -192,7 +192,7 @@ class Torch:
         for draw in (torch.rand, torch.randn, torch.randn, torch.randn, torch.rand):
             for dtype in (torch.float32, torch.float64):
                 before, seen = state, (few.tobytes(), waiting.tobytes())
-                draw((), dtype=dtype, generator=self._generator)
+                draw((), dtype=dtype, device="cpu", generator=self._generator)
                 state = self._bytes()
                 fits = fits and before != state and seen != (few.tobytes(), waiting.tobytes())
         self.restore(saved)

@@ -64,10 +64,11 @@ def test_a_map_style_data_set_of_hugging_face(workers: int) -> None:
     assert list(itertools.chain(*straight)) != list(range(SAMPLES))
 
 
-def _iterable(shards: int = 1) -> DataLoader[Any]:
+def _iterable(shards: int = 1, buffer: int = 0) -> DataLoader[Any]:
     import datasets
 
     data = datasets.Dataset.from_dict({"x": list(range(SAMPLES))}).to_iterable_dataset(num_shards=shards)
+    data = data.shuffle(seed=1, buffer_size=buffer) if buffer else data
     return DataLoader(data.with_format("torch"), batch_size=4)  # pyright: ignore[reportArgumentType]
 
 
@@ -211,10 +212,10 @@ def test_a_buffer_that_hugging_face_does_not_save_loses_no_samples(stateful: boo
     assert sorted(itertools.chain(*straight)) == list(range(SAMPLES))
 
 
-def _hugging_face_part(states: Any, stop: int | None) -> Any:
+def _hugging_face_part(states: Any, stop: int | None, buffer: int) -> Any:
     world = World.start()
     try:
-        loader = prepare_loader(_iterable(6), shard=(world.rank, world.size), world=world)
+        loader = prepare_loader(_iterable(6, buffer), shard=(world.rank, world.size), world=world)
         if states:
             loader.load_states(states)
         batches = [numbers(batch)[: loader.num_samples] for batch in itertools.islice(iter(loader), stop)]
@@ -225,11 +226,12 @@ def _hugging_face_part(states: Any, stop: int | None) -> Any:
 
 @hugging_face
 @theirs
-def test_an_iterable_data_set_of_hugging_face_goes_on_on_other_numbers_of_ranks(ranks: Any) -> None:
+@pytest.mark.parametrize("buffer", [0, 7])
+def test_an_iterable_data_set_of_hugging_face_goes_on_on_other_numbers_of_ranks(buffer: int, ranks: Any) -> None:
     found: list[int] = []
     states: Any = None
     for count, stop in ((2, 1), (3, 1), (1, None)):
-        each = ranks(count, _hugging_face_part, states, stop)
+        each = ranks(count, _hugging_face_part, states, stop, buffer)
         found += [x for batches, _, _ in each for batch in batches for x in batch]
         states = [state for _, state, _ in each] if each[0][2] else [each[0][1]]
     assert sorted(found) == list(range(SAMPLES))

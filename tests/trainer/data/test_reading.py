@@ -237,6 +237,14 @@ def test_the_memory_of_every_generator_is_known_here() -> None:
     assert all(generator._few is not None for generator in every)
 
 
+def test_looking_for_the_memory_draws_nothing_and_works_under_another_default_device() -> None:
+    before = states()
+    with torch.device("meta"):
+        assert Torch()._few is not None
+    assert Python()._few is not None
+    assert states() == before
+
+
 def test_a_single_draw_of_any_kind_is_seen() -> None:
     every: list[Any] = generators()
     for generator in every:
