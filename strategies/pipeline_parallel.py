@@ -111,8 +111,7 @@ class PipelinedModel:
         axes = {axis: mesh.size(axis) for axis in ("tp", "ep")}
         self.ties = Ties(model, find_ties(model, chain, self.starts), self.place, group, self.rank, axes=axes)
         others = [n for stage, some in enumerate(self.names) if stage not in mine for n in some]
-        keep = [p for stage in mine for n in self.names[stage] for p in model.get_submodule(n).parameters()]
-        self.replaced = free(model, others, keep=keep)
+        self.replaced = free(model, others, keep=[n for stage in mine for n in self.names[stage]])
         self.elsewhere = {id(new) for _, new in self.replaced}
         self.modules = [StageModule(model, links[stage], index=stage, is_last=stage == self.num_stages - 1) for stage in mine]
         self.last = next((module for module in self.modules if module.is_last), None)

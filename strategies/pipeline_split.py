@@ -73,7 +73,7 @@ def _expand(path: str, module: nn.Module, units: set[int]) -> list[Link] | str:
     if callable(declared):
         return list(_declared(path, module, declared()))  # pyright: ignore[reportArgumentType]
     if type(module).forward is nn.Sequential.forward:
-        names: list[str] | str = [name for name, _ in module.named_children()]
+        names: list[str] | str = [name for name, _ in _children(module)]
     elif type(module).forward is nn.Module.forward:
         names = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
         if len(names) != 1:
@@ -126,7 +126,7 @@ def _declared(path: str, module: nn.Module, parts: Iterable[Any]) -> Iterable[Li
             )
         where = tuple(f"{path}.{n}" if path else n for n in names)
         if call is None and isinstance(known[names[0]], _LISTS):
-            yield from (Link((f"{where[0]}.{key}",)) for key, _ in known[names[0]].named_children())
+            yield from (Link((f"{where[0]}.{key}",)) for key, _ in _children(known[names[0]]))
         else:
             yield Link(where, call)
 
@@ -167,10 +167,10 @@ def _trace(path: str, module: nn.Module) -> list[str] | str:
 
     def stand_in(name: str, child: nn.Module) -> nn.Module:
         if isinstance(child, _LISTS):
-            return _shallow(child, {key: stand_in(f"{name}.{key}", inner) for key, inner in child.named_children()})
+            return _shallow(child, {key: stand_in(f"{name}.{key}", inner) for key, inner in _children(child)})
         return _Probe(name, trace)
 
-    clone = _shallow(module, {name: stand_in(name, child) for name, child in module.named_children()})
+    clone = _shallow(module, {name: stand_in(name, child) for name, child in _children(module)})
     try:
         result = type(module).forward(clone, trace[0][1])
     except _NoChain as why:
@@ -184,6 +184,11 @@ def _trace(path: str, module: nn.Module) -> list[str] | str:
     if result is not trace[-1][1] or len(trace) == 1:
         return f"the forward of {_word(path, module)} does not return what its last module returned."
     return [name for name, _ in trace[1:]]
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All children under all their names: `named_children` leaves out one that is called twice, such as an activation."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
 def _shallow(module: nn.Module, children: Mapping[str, nn.Module]) -> nn.Module:
@@ -309,12 +314,13 @@ def split_at(chain: Sequence[Link], splits: Sequence[str], stages: int) -> list[
 
 
 @torch.no_grad()
-def free(model: nn.Module, names: Iterable[str], *, keep: Iterable[nn.Parameter] = ()) -> list[tuple[nn.Parameter, nn.Parameter]]:
+def free(model: nn.Module, names: Iterable[str], *, keep: Iterable[str] = ()) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """Put placeholders in the place of all parameters and buffers of the modules called `names`; return (old, new) pairs.
 
-    The old parameters lose their memory. Those in `keep` stay wherever they are.
+    The old parameters lose their memory. What the modules called `keep` hold stays, wherever else it is.
     """
-    kept = {id(parameter) for parameter in keep}
+    here = [module for name in keep for module in model.get_submodule(name).modules()]
+    kept = {id(tensor) for module in here for held in (module._parameters, module._buffers) for tensor in held.values()}
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for name in names:
         for module in model.get_submodule(name).modules():
@@ -326,7 +332,7 @@ def free(model: nn.Module, names: Iterable[str], *, keep: Iterable[nn.Parameter]
                     made[id(parameter)] = parameter, nn.Parameter(shape, requires_grad=parameter.requires_grad)
                 module._parameters[key] = made[id(parameter)][1]
             for key, buffer in list(module._buffers.items()):
-                if buffer is not None:
+                if buffer is not None and id(buffer) not in kept:
                     module._buffers[key] = torch.empty_like(buffer, device="meta")
     for old, _ in made.values():
         old.data = old.data.new_empty(0)

@@ -87,7 +87,7 @@ class Ties:
             if len(holders) == len(set(tie.stages)):
                 continue
             met = f"{tie.names[0]} is used by the stages {', '.join(map(str, sorted(set(tie.stages))))}"
-            if len(set(tie.names)) < len(set(tie.stages)):
+            if len({id(model.get_submodule(name.rpartition(".")[0])) for name in tie.names}) < len(set(tie.stages)):
                 raise ConfigError(
                     f"{met}, of which one rank has two that call the same module. Use schedule='1f1b' or 'gpipe', which have one "
                     "stage on each rank, or choose splits that keep them in one stage."

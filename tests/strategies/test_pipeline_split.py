@@ -218,3 +218,32 @@ def test_numbers_that_a_schedule_cannot_run_are_refused() -> None:
         Pipeline(schedule="zbv", stages_per_rank=3)
     with pytest.raises(ConfigError, match="Did you mean 'interleaved'"):
         Pipeline(schedule="interleave")
+
+
+def test_a_module_that_is_called_twice_is_in_the_chain_twice() -> None:
+    """One activation between all layers, or one layer at both ends: `named_children` has each once."""
+    act, same = nn.ReLU(), nn.Linear(4, 4)
+    model = nn.Sequential(same, act, nn.Linear(4, 4), act, same)
+    assert [link.names for link in find_chain(model)] == [("0",), ("1",), ("2",), ("3",), ("4",)]
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layers = nn.Linear(4, 4), nn.ModuleList([same, act, same])
+            self.again = self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for layer in self.layers:
+                x = layer(x)
+            return self.again(x)
+
+    assert [link.names[0] for link in find_chain(Listed())] == ["first", "layers.0", "layers.1", "layers.2", "again"]
+
+
+def test_what_lies_here_too_is_not_freed() -> None:
+    norm = nn.BatchNorm1d(4)
+    model = nn.Sequential(norm, nn.Linear(4, 4), norm)
+    free(model, ["1", "2"], keep=["0"])
+    assert not any(t.is_meta for t in (*norm.parameters(), *norm.buffers()))
+    assert model[1].weight.is_meta

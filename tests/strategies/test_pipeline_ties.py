@@ -114,6 +114,9 @@ def gradients(kind: str, plan: dict[str, int], schedule: str, splits: list[str],
 
 
 def made(kind: str) -> nn.Module:
+    if kind == "activations":
+        act, same = nn.Tanh(), nn.Linear(4, 4)
+        return nn.Sequential(same, act, nn.Linear(4, 4), act, nn.Linear(4, 4), act, same, act).double()
     if kind == "twice":
         return Twice().double()
     if kind == "all alike":
@@ -135,6 +138,7 @@ def batch(i: int) -> Tensor:
     ("kind", "size", "plan", "schedule", "splits"),
     [
         ("twice", 2, {"pp": 2}, "1f1b", []),
+        ("activations", 2, {"pp": 2}, "1f1b", []),
         ("meta", 2, {"pp": 2}, "1f1b", []),
         ("all alike", 2, {"pp": 2}, "zero-bubble", ["1", "2", "3"]),  # two of its stages on each rank
         pytest.param("all alike", 4, {"pp": 4}, "1f1b", [], marks=pytest.mark.slow),
@@ -146,7 +150,7 @@ def test_copies_begin_equal_and_their_gradients_are_added_up_once(
 ) -> None:
     """Two batches without a step between: the sum of the first is not added up again. Ranks may have other random numbers."""
     found = ranks(size, gradients, kind, plan, schedule, splits, 2)
-    model = made("all alike" if kind == "all alike" else "twice") if kind != "meta" else _third()
+    model = made(kind) if kind != "meta" else _third()
     model.load_state_dict(found[0][2])
     for i in range(2):
         model(batch(i)).pow(2).mean().backward()
