@@ -58,7 +58,7 @@ def measure(
                             torch.enable_grad() if trains else torch.no_grad(),
                             nullcontext() if autocast is None else autocast(),
                         ):
-                            output = call(*args)
+                            output = call(*link.arguments(args))
                         if trains:
                             _backward(output)
                     except Exception as error:

@@ -42,10 +42,16 @@ class Link:
     Attributes:
         names: the paths of the modules whose parameters it uses; none for a function that has no parameters.
         call: what is called with the output of the link before; None: the module itself.
+        packs: several tensors that the link before returned are one argument, a tuple, as in nn.Sequential; else one each.
     """
 
     names: tuple[str, ...]
     call: Callable[..., Any] | None = None
+    packs: bool = False
+
+    def arguments(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return what the link is called with, of what the one before returned."""
+        return (tensors,) if self.packs and len(tensors) > 1 else tensors
 
 
 # -- the chain --------------------------------------------------------------------------------------------------------
@@ -91,7 +97,7 @@ def _expand(path: str, module: nn.Module, units: set[int]) -> list[Link] | str:
         links = _expand(where, child, units) if opens and not _has_hooks(child) else ""
         if isinstance(links, str) and len(names) == 1 and links:
             return links
-        found += [Link((where,))] if isinstance(links, str) else links
+        found += [Link((where,), packs=True)] if isinstance(links, str) else links
     return found
 
 

@@ -74,7 +74,7 @@ class StageModule(nn.Module):
         with nullcontext() if self.autocast is None else self.autocast():
             for link in self.links:
                 call = self.get_submodule(link.names[0]) if link.call is None else link.call
-                output = call(*args)
+                output = call(*link.arguments(args))
                 args = output if isinstance(output, tuple) and link is not self.links[-1] else (output,)
             (output,) = args
             if self.finish is not None:

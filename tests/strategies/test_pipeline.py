@@ -401,6 +401,37 @@ def test_several_tensors_go_from_stage_to_stage_and_lists_are_cut_with_the_sampl
         torch.testing.assert_close(grad, dict(model.named_parameters())[name].grad, rtol=1e-5, atol=1e-6)
 
 
+class Both(nn.Module):
+    """Takes a pair as one argument and returns one, as the parts of an nn.Sequential do that hand on more than a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, pair: Any) -> tuple[Tensor, Tensor]:
+        x, y = pair if isinstance(pair, tuple) else (pair, pair)
+        return self.a(x) + y, self.b(y)
+
+
+def pairs() -> list[Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Both() for _ in range(4)))
+    strategy, world = prepared(model, "interleaved")
+    pipe = strategy.pipeline_of(model)
+    assert pipe is not None
+    found = pipe.run(torch.ones(4, 4), lambda output, chunk: output[0].sum() + output[1].sum(), backward=True)
+    world.stop()
+    return found
+
+
+def test_a_tuple_in_a_sequential_stays_one_argument(ranks: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Both() for _ in range(4)))
+    first, second = ranks(2, pairs)
+    assert first == []
+    assert sum(t.item() for t in second) == pytest.approx(sum(t.sum().item() for t in model(torch.ones(4, 4))), rel=1e-5)
+
+
 def fails_on_the_last_stage() -> str:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     strategy, _ = prepared(model)
