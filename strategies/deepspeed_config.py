@@ -129,6 +129,8 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
     _known(zero, ZERO_KEYS, "zero_optimization of the DeepSpeed JSON")
     for key in ("offload_optimizer", "offload_param"):
         section: Any = zero.get(key) or {}
+        if section != AUTO and not isinstance(section, dict):
+            raise ConfigError(f"zero_optimization.{key} of the DeepSpeed JSON is {section!r}: write {{'device': {section!r}}}.")
         if section != AUTO:
             _known(section, _OFFLOAD_KEYS, f"zero_optimization.{key} of the DeepSpeed JSON")
     for key in ("bf16", "fp16"):

@@ -57,7 +57,8 @@ def twin_of(front: Optimizer, *, allowed: bool, stage: int) -> Optimizer:
     twin = object.__new__(kind)
     # A scheduler that was made before wraps `step` on the instance, and the twin's must be its own.
     twin.__dict__.update({k: v for k, v in front.__dict__.items() if k != "step"})
-    twin.param_groups = [dict(group, params=list(group["params"])) for group in front.param_groups]
+    # Without groups that are frozen as a whole: ZeRO leaves their parameters out, and fails on what remains of the group.
+    twin.param_groups = [dict(group, params=list(group["params"])) for group in front.param_groups if trained(group)]
     twin.state = defaultdict(dict)
     return twin
 

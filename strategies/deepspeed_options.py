@@ -131,7 +131,7 @@ class DeepSpeedOptions(Strategy):
     def _section(self, key: str) -> dict[str, Any]:
         """Return an offload section, from the arguments or the JSON; empty where nothing is offloaded."""
         found = self.zero.get(key) or self.config.get("zero_optimization", {}).get(key) or {}
-        return {} if found.get("device", "none") in ("none", deepspeed_config.AUTO) else found
+        return {} if found == deepspeed_config.AUTO or found.get("device", "none") in ("none", deepspeed_config.AUTO) else found
 
     @classmethod
     def from_words(cls, number: str | None, axes: Mapping[str, int]) -> dict[str, Any]:

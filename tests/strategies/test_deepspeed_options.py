@@ -210,6 +210,7 @@ MISSPELT: dict[str, tuple[dict[str, Any], str]] = {
     "a key of ZeRO": ({"zero_optimization": {"stage": 3, "reduce_bucket_sise": 5}}, "Did you mean 'reduce_bucket_size'"),
     "a key of offload": ({"zero_optimization": {"offload_param": {"devise": "cpu"}}}, "Did you mean 'device'"),
     "a precision that would be off": ({"bf16": {}, "fp16": {"enable": True}}, "fp16 of the DeepSpeed JSON has no 'enabled'"),
+    "a place without a section": ({"zero_optimization": {"offload_optimizer": "cpu"}}, "write {'device': 'cpu'}"),
     "a section that is a word": ({"optimizer": "AdamW"}, "optimizer of the DeepSpeed JSON is 'AdamW', and must be an object"),
 }
 
@@ -220,7 +221,7 @@ def test_a_key_that_deepspeed_would_ignore_is_refused(case: str) -> None:
     config, words = MISSPELT[case]
     with pytest.raises(ConfigError, match=words):
         DeepSpeedStrategy(config=config)
-    assert DeepSpeedStrategy(config={"_note": "ours", "zero_optimization": {"stage": 1}}).stage == 1
+    assert DeepSpeedStrategy(config={"_note": "ours", "zero_optimization": {"stage": 1, "offload_param": "auto"}}).stage == 1
 
 
 def test_a_section_that_would_shard_in_its_own_way_is_refused(ranks: Any) -> None:
@@ -230,3 +231,38 @@ def test_a_section_that_would_shard_in_its_own_way_is_refused(ranks: Any) -> Non
         return str(caught.value)
 
     assert "the section 'tensor_parallel', which is not DeepSpeed's to do here (Say strategy='fsdp:2+tp:2'" in ranks(1, said)[0]
+
+
+def grouped(model: nn.Module) -> Any:
+    frozen = list(model.get_submodule("middle").requires_grad_(False).parameters())
+    first, last = model.get_submodule("first").parameters(), model.get_submodule("last").parameters()
+    groups: list[dict[str, Any]] = [
+        {"params": [*first], "lr": 0.05},
+        {"params": frozen},
+        {"params": [*last], "weight_decay": 0.1},
+    ]
+    return torch.optim.AdamW(groups, lr=0.01)
+
+
+def in_groups(stage: int) -> dict[str, list[float]]:
+    accelerator = Accelerator(strategy=DeepSpeedStrategy(stage=stage))
+    model = Net()
+    model, optimizer = accelerator.prepare(model, grouped(model))
+    for x in batches(False):
+        accelerator.backward(model(x[accelerator.process_index :: accelerator.num_processes]).pow(2).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {n: t.flatten().tolist() for n, t in accelerator.get_state_dict(model).items()}
+    accelerator.end_training()
+    return found
+
+
+@pytest.mark.parametrize("stage", [2, *(pytest.param(s, marks=pytest.mark.slow) for s in (0, 1, 3))])
+def test_a_group_that_is_frozen_as_a_whole_stands_between_others(stage: int, ranks: Any) -> None:
+    model = Net()
+    optimizer = grouped(model)
+    for x in batches(False):
+        model(x).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(ranks(2, in_groups, stage)[0], model.state_dict())
