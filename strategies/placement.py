@@ -49,8 +49,10 @@ def get_max_memory(max_memory: Mapping[Place, int | str] | None = None) -> dict[
     Raises:
         ConfigError: a place that does not exist here, or no size.
     """
-    if max_memory is not None:
-        limits = {_place(p): size if isinstance(size, int) and size == 0 else parse_size(size) for p, size in max_memory.items()}
+    if max_memory:
+        if not isinstance(max_memory, Mapping):
+            raise ConfigError(f"max_memory={max_memory!r}: expected a mapping of places to sizes, such as {{'cpu': '10GB'}}.")
+        limits = {_place(p): _size(f"max_memory[{p!r}]", size) for p, size in max_memory.items()}
     else:
         limits = {}
         if torch.accelerator.is_available():
@@ -62,10 +64,22 @@ def get_max_memory(max_memory: Mapping[Place, int | str] | None = None) -> dict[
     return ordered | {p: limits[p] for p in ("cpu", "disk") if p in limits}
 
 
-def _place(place: Place | torch.device) -> Place:
+def _size(what: str, size: Any) -> int:
+    """Return the bytes of an option, which may be 0."""
+    if not isinstance(size, bool) and size == 0:
+        return 0
+    try:
+        return parse_size(size)
+    except ConfigError:
+        raise ConfigError(f"{what} is {size!r}: expected a size such as '10GB', '200MB', '1GiB' or a number of bytes.") from None
+
+
+def _place(place: Any) -> Place:
     """Return the one spelling of a place."""
     if isinstance(place, torch.device):
         place = str(place)
+    if isinstance(place, bool) or not isinstance(place, str | int):
+        raise ConfigError(f"{place!r} is no place. Expected 'cpu', 'disk', an accelerator's number or a device's name.")
     if isinstance(place, str):
         if place in ("cpu", "disk"):
             return place
@@ -76,7 +90,7 @@ def _place(place: Place | torch.device) -> Place:
             here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             if here is None or kind not in (here.type, "gpu"):
                 known = ("cpu", "disk", *((here.type,) if here is not None else ()))
-                expected = f"{', '.join(known)} or an accelerator's number.{suggest(kind, known)}"
+                expected = f"{', '.join(known)} or an accelerator's number.{suggest(kind.lower(), known)}"
                 raise ConfigError(f"There is no device {place!r} here. Expected {expected}")
             place = int(index or 0)
     count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
@@ -170,7 +184,7 @@ def infer_auto_device_map(
     items = _items(model, no_split_module_classes, dtype, special_dtypes)
     main = main_place(p for p, size in limits.items() if size > 0)
     computing = [p for p in limits if isinstance(p, int)] or ["cpu"]
-    room = 0 if not activations else parse_size(activations)
+    room = _size("activations", activations)
     limits[main] = limits.get(main, 0) - room
     total = _total(items)
     placed: dict[str, Place] = {}
@@ -290,6 +304,8 @@ def _with_offload(
     passing = {i[0] for i in blocks}
     # Padding to cache lines and pages: a fraction of a percent of a block of real size.
     buffers = begun = max(reserved, num_buffers * (max((sum(i[2].values()) for i in blocks), default=0) + 2**14))
+    if left[main] < buffers:
+        raise _no_room(main, left[main], buffers, num_buffers)
     others = sorted((i for i in items if i[0] not in passing), key=lambda i: (i[3], sum(i[2].values())))
     for item in others:
         tied = next((home[t] for t in item[2] if t in home), None)
@@ -311,11 +327,7 @@ def _with_offload(
         # What stays took the room of buffers that only what came after it needs: once more, with room for them from the start.
         return _with_offload(items, computing, limits, main, num_buffers, buffers)
     if left[main] < 0:
-        raise ConfigError(
-            f"max_memory gives {main!r} {left[main] + buffers:,} bytes for the weights, and the buffers alone take {buffers:,}: "
-            f"{num_buffers} of the largest part that passes through them. Give {main!r} more, name smaller classes in "
-            "no_split_module_classes, or read without looking ahead (prefetch=False)."
-        )
+        raise _no_room(main, left[main] + buffers, buffers, num_buffers)
     if len(computing) == 1:
         keep = _spread(blocks, left[main], size)
         for item in blocks:
@@ -332,6 +344,14 @@ def _with_offload(
             f"The model does not fit: {-left['disk']:,} bytes more than max_memory gives, the disk included. Raise a limit."
         )
     return placed
+
+
+def _no_room(main: Place, given: int, buffers: int, num_buffers: int) -> ConfigError:
+    return ConfigError(
+        f"max_memory gives {main!r} {given:,} bytes for the weights, and the buffers alone take {buffers:,}: {num_buffers} of "
+        f"the largest part that passes through them. Give {main!r} more, name smaller classes in no_split_module_classes, or read "
+        "without looking ahead (prefetch=False)."
+    )
 
 
 def _spread(blocks: Sequence[_Item], room: int, size: Callable[[_Item], int]) -> set[str]:
@@ -395,6 +415,8 @@ def make_device_map(
             )
             limits = dict(balanced.items())
         return infer_auto_device_map(model, limits, no_split_module_classes, **options)
+    if not isinstance(device_map, Mapping):
+        raise ConfigError(f"device_map={device_map!r}: expected {', '.join(AUTOMATIC)}, a device, or a mapping of modules.")
     chosen = {name: _place(place) for name, place in device_map.items()}
     check_device_map(model, chosen)
     return chosen

@@ -77,10 +77,14 @@ class OffloadStrategy(Strategy):
         precision = self.precision
         assert precision is not None
         if precision.name not in ("fp32", "bf16-true", "fp16-true", "bf16-mixed", "fp16-mixed"):
-            raise ConfigError(
-                f"precision={precision.name!r} converts the modules of a model, and here their weights are not there. Use "
-                "bf16-true or bf16-mixed."
-            )
+            # bitsandbytes' products keep views of the weights for the backward pass where nobody sees them.
+            away = weights_of(model, None) is not None or any(p.is_meta for p in model.parameters())
+            if away or not precision.name.startswith(("fp8-ao", "mxfp8-ao", "int8-ao", "int8-weights-ao")):
+                raise ConfigError(
+                    f"precision={precision.name!r} converts the modules of a model"
+                    + (", and here their weights are not there" if away else ", and its products cannot pass through buffers")
+                    + ". Use bf16-true or bf16-mixed, or quantise the model by torchao's quantize_ before it is dispatched."
+                )
         if self.inference:
             model.requires_grad_(False)
             model.eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,42 @@ def test_a_trainer_predicts_with_a_model_on_the_disk(net: Net, words: Tensor, tm
     got = trainer.predict(Predicts(), [words])
     assert got is not None
     assert torch.equal(got[0], net(words))
+
+
+@pytest.mark.parametrize("precision", ["fp8-ao", "fp8-ao-rowwise", "mxfp8-ao", "int8-ao", "int8-weights-ao"])
+def test_a_model_that_has_its_values_is_converted_and_then_offloaded(
+    net: Net, words: Tensor, tmp_path: Path, precision: str
+) -> None:
+    """Outputs and gradients are those of the converted model in memory, bit for bit."""
+    if find_spec("torchao") is None:
+        pytest.skip("needs torchao: pip install torchao")
+    found = []
+    for strategy in ("single", OffloadStrategy(device_map=WHOLE, offload_dir=tmp_path)):
+        accelerator = Accelerator(strategy=strategy, mixed_precision=precision)
+        try:
+            model = accelerator.prepare(copy.deepcopy(net).requires_grad_(False))
+            soft = torch.zeros(1, 1, 64, requires_grad=True)
+            x = model.embed(words) + soft
+            for layer in model.layers:
+                x = layer(x)
+            found += [*torch.autograd.grad(model.norm(x).square().sum(), soft), model(words)]
+        finally:
+            accelerator.end_training()
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    assert not torch.equal(found[1], net(words))
+
+
+@pytest.mark.parametrize(("precision", "says"), [("fp8-ao", "are not there"), ("bitnet-ao", "cannot pass through buffers")])
+def test_conversions_that_need_what_is_away_are_refused(net: Net, folder: Path, precision: str, says: str) -> None:
+    if find_spec("torchao") is None:
+        pytest.skip("needs torchao: pip install torchao")
+    accelerator = Accelerator(strategy=OffloadStrategy(folder, device_map=WHOLE), mixed_precision=precision)
+    try:
+        with pytest.raises(ConfigError, match=rf"precision='{precision}' converts .*{says}"):
+            accelerator.prepare(empty() if says == "are not there" else net)
+    finally:
+        accelerator.end_training()
 
 
 def test_accelerator_refuses_a_dispatched_model_by_name_unless_it_is_to_offload(net: Net, words: Tensor, folder: Path) -> None:

@@ -107,6 +107,32 @@ def test_too_small_a_limit_says_what_it_lacks(net: Net) -> None:
         infer_auto_device_map(net, {"cpu": EMBED + 2 * (BLOCK + 2**14), "disk": BLOCK})
 
 
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        ({"cpu": 0, "disk": "1GB"}, "gives 'cpu' 0 bytes for the weights, and the buffers alone take"),
+        ({"disk": "1GB"}, "gives 'cpu' 0 bytes for the weights, and the buffers alone take"),
+        ({"cpu": "lots"}, r"max_memory\['cpu'\] is 'lots': expected a size such as '10GB'"),
+        ({"cpu": -1}, r"max_memory\['cpu'\] is -1: expected a size"),
+        ({"CPU": "1GB"}, "no device 'CPU' here.*Did you mean 'cpu'"),
+        ({True: "1GB"}, "True is no place"),
+        ("1GB", "max_memory='1GB': expected a mapping"),
+    ],
+)
+def test_limits_that_cannot_be_meant_are_told_by_their_name(net: Net, limits: Any, says: str) -> None:
+    net.register_buffer("scale", torch.ones(1))  # which was named in the place of the buffers that do not fit
+    with pytest.raises(ConfigError, match=says):
+        infer_auto_device_map(net, limits)
+
+
+@pytest.mark.parametrize(("device_map", "says"), [({"": None}, "None is no place"), (5, "device_map=5: expected auto, ")])
+def test_maps_that_are_none_are_told_so(net: Net, device_map: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        placement.make_device_map(net, device_map)
+    with pytest.raises(ConfigError, match="activations is 'many': expected a size"):
+        infer_auto_device_map(net, {"cpu": BLOCK}, activations="many")
+
+
 def test_accelerators_are_filled_in_order_then_the_host_then_the_disk(net: Net, four: None) -> None:
     limits = {0: EMBED + 2 * (BLOCK + 2**14) + 2 * BLOCK + 9, 1: 2 * BLOCK + 9, "cpu": 2 * BLOCK + 9}
     found = infer_auto_device_map(net, limits)
