@@ -349,8 +349,8 @@ def _with_offload(
 def _no_room(main: Place, given: int, buffers: int, num_buffers: int) -> ConfigError:
     return ConfigError(
         f"max_memory gives {main!r} {given:,} bytes for the weights, and the buffers alone take {buffers:,}: {num_buffers} of "
-        f"the largest part that passes through them. Give {main!r} more, name smaller classes in no_split_module_classes, or read "
-        "without looking ahead (prefetch=False)."
+        f"the largest part that passes through them. Give {main!r} more, name smaller classes in no_split_module_classes, or "
+        "read without looking ahead (prefetch=False)."
     )
 
 
