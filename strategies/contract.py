@@ -130,11 +130,21 @@ class Result:
 
 
 @dataclass
+class Half:
+    """What a run saves behind so many steps: whole tensors and values under the names of named_state.py."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+@dataclass
 class Trained:
-    """The loss of every step and the weights at the end."""
+    """The loss of every step, the weights at the end, and what was saved on the way."""
 
     losses: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    half: Half | None = None
 
 
 def micro_batch(index: int, case: Case, samples: int = _SAMPLES) -> dict[str, Tensor]:
@@ -187,43 +197,35 @@ def plain_loop(case: Case) -> Trained:
     return found
 
 
-def run_case(make: Callable[[], Strategy], world: World, case: Case, *, resume_at: int | None = None) -> Trained:
-    """Train `case` with the strategy that `make` returns; with `resume_at`, in two strategies, by the state of the first."""
+def run_case(make: Callable[[], Strategy], world: World, case: Case, *, keep_at: int = 0, after: Half | None = None) -> Trained:
+    """Train `case` with the strategy that `make` returns: from the start, or on from the state of another run.
+
+    Args:
+        keep_at: keep the state behind so many steps, as `Trained.half`: a save in the middle of the run.
+        after: what such a run kept; the steps that are left are done.
+    """
     found = Trained()
-    state: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-    all_windows = list(windows(case))
-    parts = [all_windows] if resume_at is None else [all_windows[:resume_at], all_windows[resume_at:]]
-    for part in parts:
-        strategy = make()
-        if case.precision is not None:
-            strategy.precision = make_precision(case.precision)
-        strategy.start(world)
-        state, weights = _train_part(strategy, world, case, part, state, found.losses)
-        found.weights = weights
-        strategy.stop()
-    return found
-
-
-def _train_part(
-    strategy: Strategy,
-    world: World,
-    case: Case,
-    part: Sequence[list[dict[str, Tensor]]],
-    state: tuple[dict[str, Tensor], dict[str, Any]] | None,
-    losses: list[float],
-) -> tuple[tuple[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]:
+    strategy = make()
+    if case.precision is not None:
+        strategy.precision = make_precision(case.precision)
+    strategy.start(world)
     models, make_optimizers = _build(case)
     prepared, optimizers = strategy.prepare(models, lambda: make_optimizers(models))
     named = {("optimizer" if i == 0 else f"optimizer_{i}"): o for i, o in enumerate(optimizers)}
-    if state is not None:
-        strategy.load_state_tensors(models, named, list(state[0]), state[0].__getitem__, copy.deepcopy(state[1]))
+    if after is not None:
+        strategy.load_state_tensors(models, named, list(after.tensors), after.tensors.__getitem__, copy.deepcopy(after.values))
     steps = [strategy.bind(model, "step") for model in models.values()]
-    for window in part:
-        losses.append(_one_step(strategy, world, case, window, models, prepared, optimizers, steps))
-    held, values = strategy.state_tensors(models, named)
-    tensors = put_together(held, world)
-    weights = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
-    return (tensors, copy.deepcopy(values)), weights
+    for step, window in enumerate(windows(case)):
+        if after is not None and step < after.step:
+            continue
+        if keep_at and step == keep_at:
+            held, values = strategy.state_tensors(models, named)
+            found.half = Half(step, put_together(held, world), copy.deepcopy(values))
+        found.losses.append(_one_step(strategy, world, case, window, models, prepared, optimizers, steps))
+    held, _ = strategy.state_tensors(models, named)
+    found.weights = {n.removeprefix("model/"): t for n, t in put_together(held, world).items() if n.startswith("model/")}
+    strategy.stop()
+    return found
 
 
 def put_together(held: Mapping[str, Any], world: World) -> dict[str, Tensor]:
@@ -306,24 +308,32 @@ def _pipelined(strategy: Strategy, model: Any, batch: Mapping[str, Tensor], weig
     ).cpu()
 
 
-def check_strategy(make: Callable[[], Strategy], world: World, *, cases: Sequence[Case] = CASES) -> list[Result]:
+def check_strategy(
+    make: Callable[[], Strategy],
+    world: World,
+    *,
+    cases: Sequence[Case] = CASES,
+    truth: Callable[[Case], Trained] | None = None,
+) -> list[Result]:
     """Run every case; return the results. Every rank calls it.
 
     A ConfigError from the strategy is a refusal: it must say why in a sentence, and counts as an outcome of its own.
+    Args:
+        truth: returns what is true of a case: `plain_loop`, or what that returned before.
     Raises:
         ContractError: a case fails; the message is the whole table.
     """
-    results = [_check_case(make, world, case) for case in cases]
+    results = [_check_case(make, world, case, (truth or plain_loop)(case)) for case in cases]
     if any(r.outcome == "fail" for r in results):
         raise ContractError("\n" + table(results))
     return results
 
 
-def _check_case(make: Callable[[], Strategy], world: World, case: Case) -> Result:
-    truth = plain_loop(case)
+def _check_case(make: Callable[[], Strategy], world: World, case: Case, truth: Trained) -> Result:
+    half = case.steps // 2
     try:
-        straight = run_case(make, world, case)
-        resumed = run_case(make, world, case, resume_at=case.steps // 2)
+        straight = run_case(make, world, case, keep_at=half)
+        resumed = run_case(make, world, case, after=straight.half)
     except ConfigError as refusal:
         return Result(case, "refused", str(refusal))
     loss_limit, weight_limit = case.tolerance
@@ -334,7 +344,9 @@ def _check_case(make: Callable[[], Strategy], world: World, case: Case) -> Resul
         result.outcome, result.detail = "fail", f"limits {loss_limit:g} and {weight_limit:g}"
     elif case.precision is not None and straight.losses == truth.losses:
         result.outcome, result.detail = "fail", f"all losses equal fp32's, bit for bit: {case.precision} does nothing"
-    elif resumed.losses != straight.losses or any(not torch.equal(resumed.weights[n], w) for n, w in straight.weights.items()):
+    elif resumed.losses != straight.losses[half:] or any(
+        not torch.equal(resumed.weights[n], w) for n, w in straight.weights.items()
+    ):
         result.outcome, result.detail = "fail", "a run that was saved and loaded half-way gives other numbers, bit for bit"
     return result
 

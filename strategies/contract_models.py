@@ -296,6 +296,7 @@ def _tokens(samples: int, generator: torch.Generator, dtype: torch.dtype) -> Ten
 MODELS: Mapping[str, Blueprint] = {
     "mlp": Blueprint(MLP, LENGTH, _features(LENGTH, FEATURES), CLASSES),
     "llama": Blueprint(Llama, TOKENS, _tokens, VOCABULARY),
+    "llama-2": Blueprint(lambda seed: Llama(seed, layers=2), TOKENS, _tokens, VOCABULARY),
     "moe": Blueprint(lambda seed: MoELlama(seed, layers=2), TOKENS, _tokens, VOCABULARY),
     "gpt": Blueprint(GPT, TOKENS, _tokens, VOCABULARY),
     "conv": Blueprint(ConvNet, 4, _features(3, IMAGE, IMAGE), CLASSES),
