@@ -93,9 +93,9 @@ def wait_for(paths: Sequence[Path], started: Sequence[Any], seconds: float = 120
         time.sleep(0.05)
 
 
-def training(net: Any, folder: Path, *options: str, **variables: str) -> list[Any]:
+def training(net: Any, folder: Path, *options: str, launcher: Callable[..., Any] = of_ours) -> list[Any]:
     """Start an endless training on two nodes of two ranks, and wait until every rank trains."""
-    started = of_ours(net, [str(JOBS), "train", str(folder / "out.json"), f"root={folder / 'runs'}", *options], **variables)
+    started = launcher(net, [str(JOBS), "train", str(folder / "out.json"), f"root={folder / 'runs'}", *options])
     wait_for([folder / f"pid{rank}" for rank in range(4)], started)
     return started
 
@@ -109,7 +109,7 @@ def one_process(folder: Path, job: str, *options: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("launcher", "strategies"),
-    [(of_ours, "ddp,fsdp,hsdp,pp:4"), (of_torch, "ddp,hsdp"), (of_slurm, "fsdp,ddp")],
+    [(of_ours, "ddp,fsdp,hsdp,pp:4"), (of_torch, "hsdp"), (of_slurm, "ddp")],
     ids=["drivetrain run", "torchrun", "srun"],
 )
 def test_two_nodes_train_like_one_process(launcher: Callable[..., Any], strategies: str, nodes: Any, tmp_path: Path) -> None:
@@ -159,40 +159,49 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return json.loads((folder / "out.json").read_text())["losses"]
 
 
-@pytest.mark.parametrize("fault", [own_interface_down, unplugged, one_way, power_lost])
-def test_a_lost_node_ends_every_rank_in_time_and_is_named(fault: Callable[[Any], None], nodes: Any, tmp_path: Path) -> None:
-    """gloo alone waits for half an hour, and cannot say for whom."""
+@pytest.mark.parametrize(
+    ("fault", "launcher"),
+    [(own_interface_down, of_slurm), (one_way, of_torch), (power_lost, of_ours)],
+    ids=["own interface down, srun", "one way, torchrun", "power lost, drivetrain run"],
+)
+def test_a_lost_node_ends_every_rank_in_time_and_is_named(
+    fault: Callable[[Any], None], launcher: Callable[..., Any], nodes: Any, tmp_path: Path
+) -> None:
+    """gloo alone waits for half an hour, and cannot say for whom. Whoever started them."""
     net = nodes(2)
-    started = training(net, tmp_path, "step_s=0.1")
+    started = training(net, tmp_path, "step_s=0.1", launcher=launcher)
     fault(net)
     began = time.monotonic()
-    first, second = net.finish(started, timeout=90)
+    ended = net.finish(started, timeout=90)
     print(f"{fault.__name__}: {time.monotonic() - began:.1f} s to the end of all")
-    assert first.returncode == 1, first.stderr
-    assert "node 1 (node1, ranks 2 to 3) does not answer" in first.stderr
-    assert "for up to 4 s (DRIVETRAIN_NODE_TIMEOUT)" in first.stderr
-    if fault is not power_lost:
-        assert second.returncode == 1, second.stderr
-        assert "node 0 (node0, ranks 0 to 1) does not answer" in second.stderr
+    here, there = ended[: len(ended) // 2], ended[len(ended) // 2 :]
+    for one in here:
+        assert one.returncode == 1, one.stderr
+        assert "node 1 (node1, ranks 2 to 3) does not answer" in one.stderr
+        assert "for up to 4 s (DRIVETRAIN_NODE_TIMEOUT)" in one.stderr
+    for one in there if fault is not power_lost else ():
+        assert one.returncode == 1, one.stderr
+        assert "node 0 (node0, ranks 0 to 1) does not answer" in one.stderr
     assert [node.processes() for node in net] == [[], []]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_after_a_cut_the_job_goes_on_bit_for_bit(strategy: str, unbroken: list[float], nodes: Any, tmp_path: Path) -> None:
+def test_after_a_cut_the_job_goes_on_bit_for_bit(unbroken: list[float], nodes: Any, tmp_path: Path) -> None:
     net = nodes(2)
     out = tmp_path / "out.json"
-    started = training(net, tmp_path, "step_s=0.2", f"strategy={strategy}", "steps=30")
+    started = training(net, tmp_path, "step_s=0.2", "steps=30")
     net.unplug(1)
-    assert [ended.returncode for ended in net.finish(started, timeout=90)] == [1, 1]
+    first, second = net.finish(started, timeout=90)
+    assert (first.returncode, second.returncode) == (1, 1), first.stderr + second.stderr
+    assert "node 1 (node1, ranks 2 to 3) does not answer" in first.stderr
+    assert "node 0 (node0, ranks 0 to 1) does not answer" in second.stderr
     assert not out.exists()
     net.plug(1)
-    options = ["train", str(out), f"root={tmp_path / 'runs'}", "resume=auto", "steps=30", f"strategy={strategy}", "step_s=0"]
+    options = ["train", str(out), f"root={tmp_path / 'runs'}", "resume=auto", "steps=30", "step_s=0"]
     for ended in net.finish(of_ours(net, [str(JOBS), *options]), timeout=120):
         assert ended.returncode == 0, ended.stderr
     (metrics,) = tmp_path.glob("runs/job/*/metrics.jsonl")
     written = [json.loads(line) for line in metrics.read_text().splitlines()]
-    losses = [line["metrics"]["loss"] for line in written if "loss" in line["metrics"]]
-    assert losses == unbroken if strategy == "ddp" else losses == pytest.approx(unbroken, rel=1e-12)
+    assert [line["metrics"]["loss"] for line in written if "loss" in line["metrics"]] == unbroken
     assert len(json.loads(out.read_text())["losses"]) < 30, "it began anew"
 
 
@@ -254,8 +263,7 @@ def test_with_two_networks_the_one_of_the_address_is_taken(nodes: Any, tmp_path:
     net.join_again("fast", "10.88.0")
     for ended in meeting(net, tmp_path, "--master-addr", "10.88.0.1"):
         assert ended.returncode == 0, ended.stderr
-    told = [ended.stdout.split()[:2] for ended in meeting(net, tmp_path, "--master-addr", "10.88.0.1")]
-    assert told[0] == ["fast", "2.0"]
+        assert ended.stdout.split()[:2] == ["fast", "2.0"]
 
 
 def test_a_host_whose_name_is_its_loopback_is_told_what_to_set_where_two_networks_are_meant(nodes: Any, tmp_path: Path) -> None:
@@ -289,6 +297,6 @@ def test_a_slow_line_is_no_lost_node(nodes: Any, tmp_path: Path) -> None:
         node.slow_down("512kbit")
     for ended in meeting(net, tmp_path, numbers=130_000):
         assert ended.returncode == 0, ended.stderr
-    _, mean, seconds = ended.stdout.split() or ["", "2.0", "0"]
-    print(f"an all-reduce of 0.5 MB over 512 kbit/s: {seconds} s")
-    assert float(mean) == 2.0
+        _, mean, seconds = ended.stdout.split()
+        print(f"an all-reduce of 0.5 MB over 512 kbit/s: {seconds} s")
+        assert float(mean) == 2.0
