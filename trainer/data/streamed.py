@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -93,6 +94,12 @@ class Streamed:
         self._begun = (state.get("shards", self.shards), workers)
         self.taken_over = "parts" in state
         changed = self.batch_size != state.get("batch_size", self.batch_size)
+        if workers != self.workers and self.index == 0:
+            warnings.warn(
+                f"This epoch of {self.name} was begun with num_workers={workers}, which decides what comes when: the rest of it "
+                f"is read with as many. The next epoch has num_workers={self.workers}.",
+                stacklevel=2,
+            )
         if self.taken_over:
             assert self.takes_over is not None
             assert self.takes_over.how is not None

@@ -5,7 +5,9 @@ The truth is the run that was never stopped: what comes after a stop is what it 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,8 +83,19 @@ class Told(Sharded):
 Part = tuple[list[list[list[int]]], list[dict[str, Any]]]
 
 
-def run(ranks: Any, count: int, make: Callable[[World], DataLoader[Any]], states: Any, stop: int | None, **options: Any) -> Part:
-    """Go on from `states` for `stop` micro-batches on `count` ranks; return for each micro-batch the ranks' real samples."""
+def run(
+    ranks: Any,
+    count: int,
+    make: Callable[[World], DataLoader[Any]],
+    states: Any,
+    stop: int | None,
+    said: str | None = None,
+    **options: Any,
+) -> Part:
+    """Go on from `states` for `stop` micro-batches on `count` ranks; return for each micro-batch the ranks' real samples.
+
+    `said` is the warning that rank 0 is to give.
+    """
 
     def body() -> Any:
         world = World.start("cpu", timeout_s=20)
@@ -91,9 +104,12 @@ def run(ranks: Any, count: int, make: Callable[[World], DataLoader[Any]], states
             loader = prepare_loader(make(world), shard=(world.rank, world.size), world=world, config=config)
             if states:
                 loader.load_states(states)
-            found, iterator = [], iter(loader)
-            for batch in itertools.islice(iterator, stop):
-                found.append(batch.tolist()[: loader.num_samples])
+            with warnings.catch_warnings(record=True) if said else contextlib.nullcontext([]) as caught:
+                if said:
+                    warnings.simplefilter("always")
+                found = [batch.tolist()[: loader.num_samples] for batch in itertools.islice(iter(loader), stop)]
+            warned = [str(w.message) for w in caught or () if str(w.message).startswith("This epoch")]
+            assert warned == ([said] if said and world.rank == 0 else [])
             state = loader.state_dict()
             following = [] if stop else [batch.tolist()[: loader.num_samples] for batch in loader]  # the next epoch
             return found, state, loader.per_rank, following
@@ -210,6 +226,13 @@ def test_shards_with_a_state_are_not_read_again_from_the_start(ranks: Any) -> No
     assert ranks(1, body, go_on)[0] <= 2 * 2 * 18
 
 
+def told(was: int, now: int) -> str:
+    return (
+        f"This epoch of Sharded was begun with num_workers={was}, which decides what comes when: the rest of it is read with as "
+        f"many. The next epoch has num_workers={now}."
+    )
+
+
 @pytest.mark.parametrize(("first", "second"), [(2, 0), (0, 2), (2, 1)])
 @pytest.mark.parametrize("count", [1, 2])
 def test_other_workers_go_on_as_those_that_began(ranks: Any, first: int, second: int, count: int) -> None:
@@ -221,7 +244,7 @@ def test_other_workers_go_on_as_those_that_began(ranks: Any, first: int, second:
 
     whole, _ = run(ranks, count, make(first), None, None)
     micro, states = run(ranks, count, make(first), None, 3)
-    rest, _ = run(ranks, count, make(second), states, None)
+    rest, _ = run(ranks, count, make(second), states, None, said=told(first, second))
     assert micro + rest == whole
 
 
@@ -232,8 +255,8 @@ def test_other_ranks_and_other_workers_at_once(ranks: Any) -> None:
 
     whole, _ = run(ranks, 2, make(2), None, None)
     micro, states = run(ranks, 2, make(2), None, 2)
-    more, states = run(ranks, 3, make(0), states, 2)
-    rest, _ = run(ranks, 1, make(1), states, None)
+    more, states = run(ranks, 3, make(0), states, 2, said=told(2, 0))
+    rest, _ = run(ranks, 1, make(1), states, None, said=told(2, 1))
     assert flat(micro) + flat(more) + flat(rest) == flat(whole)
 
 
