@@ -111,12 +111,20 @@ class Checkpoint(Callback):
             raise ConfigError(f"Checkpoint(on_error={on_error!r}): expected 'raise' or 'warn'.")
         if type(save_top_k) is not int or save_top_k < -1:
             raise ConfigError(f"Checkpoint(save_top_k={save_top_k!r}): expected a whole number, 0 for none or -1 for all.")
-        if dirpath is not None and not isinstance(dirpath, str | PathLike):
+        if dirpath is not None and (not isinstance(dirpath, str | PathLike) or dirpath == ""):
             raise ConfigError(f"Checkpoint(dirpath={dirpath!r}): expected a folder or a URL.")
+        if monitor is not None and not isinstance(monitor, str):
+            raise ConfigError(f"Checkpoint(monitor={monitor!r}): expected the name of a logged metric, such as 'val_loss'.")
+        if not isinstance(save_last, bool):
+            raise ConfigError(f"Checkpoint(save_last={save_last!r}): expected True or False. Nothing is linked or copied here.")
         self.dirpath = dirpath
         self.monitor, self.mode, self.save_top_k, self.save_last = monitor, mode, save_top_k, save_last
         self.save_on_train_end, self.save_on_exception = save_on_train_end, save_on_exception
         self._key, self.wait, self.on_error = key, wait, on_error
+        if not isinstance(every, str | int | timedelta | Every | Iterable | None):
+            raise ConfigError(
+                f'Checkpoint(every={every!r}): expected one interval or several, such as "500step" or ["1ep", "10m"].'
+            )
         given = [every] if isinstance(every, str | int | timedelta | Every) else list(every or ())
         given += [n for n in (every_n_steps, every_n_train_steps, train_time_interval) if n is not None]
         self.intervals = [Every.parse(e) for e in given]

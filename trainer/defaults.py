@@ -72,9 +72,11 @@ def callbacks(trainer: Trainer, module: TrainingModule) -> list[Callback]:
         from ..callbacks.progress import ProgressBar
 
         _add(found, ProgressBar)
-    if options["enable_checkpointing"] and writes(trainer):
-        from ..callbacks.checkpoint import Checkpoint
+    from ..callbacks.checkpoint import Checkpoint
 
+    if not writes(trainer):  # one that was given would save as well
+        return [c for c in found if not isinstance(c, Checkpoint)]
+    if options["enable_checkpointing"]:
         _add(found, Checkpoint)
     return found
 

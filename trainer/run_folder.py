@@ -18,6 +18,7 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,8 @@ def open_run(
     name = name or "default"
     if any(c in name for c in "\n\0") or name in (".", "..") or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ConfigError(f"A run's name is a plain folder name, got {name!r}. Say where it lies with root=, as in root='runs'.")
+    if resume is not None and not isinstance(resume, str | PathLike):
+        raise ConfigError(f"resume={resume!r}: expected None, 'auto', 'last', 'best', or the path of a checkpoint or of a run.")
     found: dict[str, Any] | None = None
     # Absolute: the working folder may change while the run goes on.
     place = path_of(root).expanduser().absolute()
@@ -102,7 +105,8 @@ def open_run(
         except (CheckpointError, ConfigError) as error:
             found = {"error": str(error), "checkpoint": isinstance(error, CheckpointError)}
         except OSError as error:
-            found = {"error": f"The run folder cannot be made: {error}. Pass root= another folder.", "checkpoint": False}
+            where = "root=" if there is None else "root= or dirpath="
+            found = {"error": f"The run folder cannot be made: {error}. Pass {where} another folder.", "checkpoint": False}
     found = world.broadcast_json(found)
     assert found is not None
     if "error" in found:

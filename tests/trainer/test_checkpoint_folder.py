@@ -135,6 +135,24 @@ def test_two_folders_for_one_run_are_refused(tmp_path: Path) -> None:
         Trainer(max_steps=1, device="cpu", devices=1, root=tmp_path, callbacks=saves).fit(Line(), data())
 
 
+@pytest.mark.parametrize("resume", [True, 5])
+def test_what_is_no_way_to_resume_is_refused(resume: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"resume={resume}: expected None, 'auto', 'last', 'best', or the path"):
+        train(tmp_path / "mine", 2, resume=resume, root=tmp_path)
+
+
+def test_a_file_in_the_place_of_the_folder_is_said(tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    with pytest.raises(ConfigError, match=r"File exists: .*mine'. Pass root= or dirpath= another folder"):
+        train(tmp_path / "mine", 2, root=tmp_path)
+
+
+def test_a_fast_dev_run_saves_nothing_even_if_a_checkpoint_was_asked_for(tmp_path: Path) -> None:
+    train(tmp_path / "mine", -1, fast_dev_run=2, root=tmp_path / "runs")
+    train(None, -1, fast_dev_run=2, root=tmp_path / "runs")
+    assert list(tmp_path.iterdir()) == []
+
+
 def on_two_ranks(folder: str, root: str, steps: int) -> int:
     trainer, _ = train(folder, steps, strategy="ddp", root=root, resume="auto")
     return trainer.global_step
