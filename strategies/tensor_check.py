@@ -9,16 +9,21 @@ For the time of that one forward each rank holds one block whole.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.utils._pytree import tree_map
 
 from .errors import ConfigError
+from .precision.linears import LowPrecisionLinear
 from .tensor_order import Order
+from .tensor_styles import FusedColumns
 from .units import repeated_blocks
 
 if TYPE_CHECKING:
@@ -27,25 +32,45 @@ if TYPE_CHECKING:
 __all__ = ["Trial", "trials_of"]
 
 
-def trials_of(name: str, model: nn.Module, paths: Sequence[str], mesh: DeviceMesh, dim: int | None) -> list[Trial]:
-    """Return a trial for the first block of each stack that has one of `paths` in it; for those in no block, of what holds them.
+def trials_of(
+    name: str,
+    model: nn.Module,
+    styles: Mapping[str, Any],
+    uncommon: Sequence[str],
+    mesh: DeviceMesh,
+    dim: int | None,
+    *,
+    ep: bool,
+) -> list[Trial]:
+    """Return a trial for the first block of each stack that is cut; for what is cut in no block, of the module that holds it.
 
     Args:
+        styles: path -> style, of the modules that are cut.
+        uncommon: those of them with sections or copied heads: tried wherever they are, be it the whole model.
         dim: the sequence's, where blocks are given a part of it (sequence parallel).
+        ep: experts are spread; then what holds the matrices is tried, and no block, in which experts may be.
     """
-    blocks = repeated_blocks(model)
+    blocks = [] if ep else repeated_blocks(model)
     chosen: dict[str, nn.Module] = {}
     stacks: set[tuple[str, type]] = set()
-    for path in paths:
+    for path, style in styles.items():
+        if not isinstance(style, FusedColumns) and style not in ("colwise", "copied_heads"):
+            continue
         around = next(((p, b) for p, b in blocks if path.startswith(f"{p}.")), None)
         if around is None:
             owner = path.rpartition(".")[0]
+            if (not owner and path not in uncommon) or (dim is not None and not owner):
+                continue
             around = (owner, model.get_submodule(owner))
-        stack = (around[0].rpartition(".")[0], type(around[1]))
+        stack = (re.sub(r"\d+", "*", around[0]), type(around[1]))
         if stack not in stacks:
             stacks.add(stack)
             chosen[around[0]] = around[1]
-    return [Trial(name, path, block, mesh, dim) for path, block in chosen.items() if type(block).forward is not nn.Module.forward]
+    return [
+        Trial(name, path, block, mesh, dim)
+        for path, block in chosen.items()
+        if type(block).forward is not nn.Module.forward and not isinstance(styles.get(path), ParallelStyle)
+    ]
 
 
 class Trial:
@@ -65,6 +90,7 @@ class Trial:
         for module in self.twin.modules():
             module.__class__ = getattr(type(module), "_drivetrain_class", type(module))  # what compiles, or computes again
         self.twin.eval()
+        self.advice: Callable[[Exception], str | None] = lambda _: None
         self._handle = block.register_forward_pre_hook(self._try, with_kwargs=True)
 
     def take_orders(self, name: str, path: str, orders: Mapping[str, Order]) -> None:
@@ -80,32 +106,39 @@ class Trial:
             ConfigError: other outputs.
         """
         self._handle.remove()
-        with torch.no_grad(), _evaluating(block), torch.random.fork_rng(devices=[]):
+        hidden = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        if self.dim is not None and (not hidden or hidden[0].dim() <= self.dim or hidden[0].shape[self.dim] % self.mesh.size()):
+            return  # which the block itself is about to refuse
+        # Without modes: who watches what a step calls (context parallel) would see this too.
+        with torch._C.DisableTorchFunction(), torch.no_grad(), _as_before(block), torch.random.fork_rng(devices=[]):
             try:
-                found = self._first(self._cut(block, args, kwargs))
+                found = self._first(self._cut(block, *_own(args, kwargs)))
             except Exception as error:
                 error.add_note(f"Tensor parallel was trying {self.path} of model {self.name!r} on a rank's part of its heads.")
+                if advice := self.advice(error):
+                    error.add_note(advice)
                 raise
             tensors = {key: self._whole(key, p) for key, p in block.named_parameters()}
             tensors |= dict(block.named_buffers())
-            wanted = self._first(torch.func.functional_call(self.twin, tensors, args, kwargs))
+            wanted = self._first(torch.func.functional_call(self.twin, tensors, *_own(args, kwargs)))
+        low = any(isinstance(module, LowPrecisionLinear) for module in self.twin.modules())
         del self.twin
         if found is None or wanted is None:
             return
         limit = {torch.float64: 1e-9, torch.float32: 1e-3}.get(found.dtype, 5e-2)
-        if torch.is_autocast_enabled(found.device.type):
-            limit = max(limit, 5e-2)
+        if low or torch.is_autocast_enabled(found.device.type):
+            limit = max(limit, 0.1 if low else 5e-2)
         far = float((found.double() - wanted.double()).abs().max()) if found.shape == wanted.shape else float("inf")
         scale = float(wanted.double().abs().max())
         worst = torch.tensor(far / max(scale, 1e-30), device=found.device)
         torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX, group=self.mesh.get_group())
         if not float(worst) <= limit:
             raise ConfigError(
-                f"Tensor parallel cuts {self.path} of model {self.name!r} so that it computes something else than it does whole "
-                f"(outputs {float(worst):.2g} apart, beside their largest). Either its fused matrix has other sections than the "
-                "plan says (one that lies head by head, as GPT-NeoX's, is 'colwise'; sizes can be said by "
-                "FusedColumns((queries, keys, values))), or its forward counts heads or groups by itself, in the place of taking "
-                "those that it gets. TensorPlan(verify=False) goes on without trying."
+                f"Tensor parallel cuts {self.path or 'the whole'} of model {self.name!r} so that it computes something else than "
+                f"it does whole (outputs {float(worst):.2g} apart, beside their largest). Either its forward counts heads or "
+                "groups by itself, in the place of taking those that it gets: write .view(batch, length, -1, self.head_dim). Or "
+                "a fused matrix has other sections than the plan says: one that lies head by head, as GPT-NeoX's, is 'colwise'; "
+                "sizes can be said by FusedColumns((queries, keys, values)). TensorPlan(verify=False) goes on without trying."
             )
 
     def _cut(self, block: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -142,8 +175,10 @@ class Trial:
 
 
 @contextmanager
-def _evaluating(block: nn.Module) -> Iterator[None]:
+def _as_before(block: nn.Module) -> Iterator[None]:
+    """In eval mode inside; afterwards all is as it was, buffers too."""
     modes = [module for module in block.modules() if module.training]
+    buffers = [(b, b.detach().clone()) for b in block.buffers()]
     for module in modes:
         module.training = False
     try:
@@ -151,4 +186,15 @@ def _evaluating(block: nn.Module) -> Iterator[None]:
     finally:
         for module in modes:
             module.training = True
+        for buffer, before in buffers:
+            buffer.copy_(before)
         torch.clear_autocast_cache()  # or weights that were cast here would get no gradients
+
+
+def _own(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The same arguments; objects that a forward may change (a cache of keys) are copies."""
+
+    def own(value: Any) -> Any:
+        return value if isinstance(value, Tensor) or callable(value) else copy.deepcopy(value)
+
+    return tree_map(own, (tuple(args), dict(kwargs)))

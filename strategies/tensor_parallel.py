@@ -18,8 +18,8 @@ Styles, each a word, a FusedColumns(sections) (tensor_styles.py), or a ParallelS
     replicate       held whole, runs on everything: as modules without a style do
 Sequence parallel cuts what lies between the matrices, too: from the first block's input to the last block's output each rank has
 a part of the sequence; it is gathered before the columns, and reduce-scattered after the rows, in the place of the all-reduce.
-What is held whole must get equal gradients on all ranks of tp. That is looked at once, after the first backward pass. Blocks with
-sections or copied heads are tried once on whole weights, before the first forward (tensor_check.py).
+What is held whole must get equal gradients on all ranks of tp. That is looked at once, after the first backward pass. And a
+block is tried on whole weights once, before its first forward (tensor_check.py).
 Source: torch.distributed.tensor.parallel; Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022, arXiv:2205.05198.
 """
 
@@ -86,7 +86,7 @@ class TensorPlan:
         loss_parallel: the logits stay cut over the vocabulary, and cross_entropy is computed on the pieces. Steps see a DTensor.
         async_tp: overlap the communication with the products, on symmetric memory: in compiled blocks, on CUDA.
         sequence_dim: the dimension of the sequence; 1 for (batch, length, features).
-        verify: try blocks with fused columns or copied heads on whole weights once, and refuse other outputs.
+        verify: try a block of each stack on whole weights once, and refuse other outputs.
     """
 
     styles: str | Mapping[str, str | FusedColumns | ParallelStyle] = "auto"
@@ -198,10 +198,18 @@ class TensorParallel(Part):
         if plan.sequence_parallel:
             self._cut_sequence(name, model, words, made)
         uncommon = [path for path, style in words.items() if isinstance(style, FusedColumns) or style == "copied_heads"]
-        if uncommon and plan.verify and self.strategy.world.parameter_device.type != "meta":
+        objects = any(isinstance(style, ParallelStyle) for style in words.values())
+        shared = self.mesh.size("cp") > 1 and not getattr(
+            self.strategy.context_parallel, "verify", True
+        )  # from the first step on
+        dry = self.strategy.world.parameter_device.type == "meta"
+        if plan.verify and not dry and not shared and not (objects and plan.sequence_parallel):
             dim = plan.sequence_dim if plan.sequence_parallel else None
-            self._trials += trials_of(name, model, uncommon, self.tp_mesh, dim)
-        for path in uncommon:
+            ep = self.mesh.size("ep") > 1
+            self._trials += (trials := trials_of(name, model, words, uncommon, self.tp_mesh, dim, ep=ep))
+            for trial in trials:
+                trial.advice = self.advice
+        for path in [p for p, style in words.items() if style in ("colwise", "copied_heads") or isinstance(style, FusedColumns)]:
             correct_sizes(model, path, words[path], self.degree)
         if (compiled := read_compile(self.strategy.compile)) is not None:
             for _, block in choose_blocks(model, compiled.units):
@@ -365,7 +373,7 @@ class TensorParallel(Part):
 
     def cut(self, name: str, model: nn.Module, path: str, module: nn.Module) -> None:
         """Apply the module's styles. A weight that is shared becomes one DTensor, shared as it was."""
-        before = dict(module.named_parameters(recurse=False))
+        before, buffers = dict(module.named_parameters(recurse=False)), dict(module._buffers)
         for key, parameter in before.items():
             if id(parameter) in self._tied:
                 module._parameters[key] = self._tied[id(parameter)][1]
@@ -380,6 +388,7 @@ class TensorParallel(Part):
                 ) from error
         if isinstance(module, LowPrecisionLinear) and (own := _columns(self._styles[id(model)][path])) is not None:
             module.split, module.matmul = Split(self.tp_mesh, own), cast("Any", module.matmul).over(self.tp_mesh)
+        module._buffers.update(buffers)  # torch's styles make DTensors of them, which nothing else here expects
         for key, parameter in before.items():
             new = module._parameters[key]
             if id(parameter) in self._tied:
@@ -442,7 +451,11 @@ class TensorParallel(Part):
                 )
 
     def advice(self, error: Exception) -> str | None:
-        """What to say beside an error of a step: the usual fault of a model is to count its heads itself."""
+        """What to say beside an error of a step, once: the usual fault of a model is to count its heads itself."""
+        found = self._advice(error)
+        return None if found in getattr(error, "__notes__", ()) else found
+
+    def _advice(self, error: Exception) -> str | None:
         fused = any(isinstance(style, FusedColumns) for chosen in self._chosen.values() for style in chosen.styles.values())
         if fused and ("values to unpack" in str(error) or "split_with_sizes" in str(error)):
             return (

@@ -69,6 +69,7 @@ _EMBEDDINGS = (
 QUERIES = frozenset(names[0] for names in _ATTENTION)
 """What the queries of an attention are called."""
 _KEYS = frozenset(names[1] for names in _ATTENTION)
+_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_head")
 _GROUPS = ("num_key_value_groups", "n_rep", "num_kv_groups", "num_queries_per_kv", "kv_groups")
 _HEADS = ("output", "lm_head", "head", "embed_out", "unembed", "output_projection")
 _HEAD_NORMS = ("q_norm", "k_norm", "query_norm", "key_norm", "q_layernorm", "k_layernorm")
@@ -87,6 +88,7 @@ _TRANSFORMERS: Mapping[str, str] = {
     "embedding_colwise": "colwise_gather",
     "replicated_with_grad_allreduce": "heads",
     "replicate": "replicate",
+    "moe_tp_experts": "replicate",
 }
 
 
@@ -130,6 +132,7 @@ def _named_by_model(model: nn.Module) -> Chosen | None:
         patterns = _transformers_plan(module)
         if patterns:
             styles: dict[str, str] = {}
+            experts: dict[str, str] = {}
             for pattern, theirs in patterns.items():
                 full = f"{path}.{pattern}" if path else pattern
                 found = [p for p in _matching(model, full) if any(True for _ in _get(model, p).parameters(recurse=False))]
@@ -140,7 +143,12 @@ def _named_by_model(model: nn.Module) -> Chosen | None:
                     )
                 for p in found:
                     styles.setdefault(p, _TRANSFORMERS[theirs])
-            return Chosen(styles, f"the plan of {type(module).__name__}")
+                    experts.setdefault(p, theirs)
+            whole = [p for p, theirs in experts.items() if theirs == "moe_tp_experts"]
+            notes = (
+                [f"{', '.join(whole[:3])}{', ...' if whole[3:] else ''}: experts stay whole on each rank of tp"] if whole else []
+            )
+            return Chosen(styles, f"the plan of {type(module).__name__}", notes)
     return None
 
 
@@ -198,7 +206,10 @@ def _fused_sections(path: str, module: nn.Module, children: Mapping[str, nn.Modu
         keys, odd = divmod(total - queries, 2)
         if odd or not 0 < keys <= queries:
             return False
-        chosen.styles |= {_join(path, first): FusedColumns((queries, keys, keys)), _join(path, last): "rowwise"}
+        # GPT-NeoX, Bloom and Falcon name theirs so, and have the queries, keys and values of one head side by side.
+        by_heads = first == "query_key_value" and keys == queries
+        style = "colwise" if by_heads else FusedColumns((queries, keys, keys))
+        chosen.styles |= {_join(path, first): style, _join(path, last): "rowwise"}
         size = next((v for v in _numbers(module, _HEAD_DIMS)), None)
         count = next((v for v in _numbers(module, _HEAD_COUNTS)), None)
         size = queries // count if size is None and count is not None else size
@@ -374,15 +385,21 @@ def _query_of(path: str) -> str:
 def correct_sizes(model: nn.Module, path: str, style: Any, ranks: int) -> None:
     """Correct what the attention around `path` keeps of its own sizes, where the name is known: a forward asks it for its rank's.
 
-    transformers' GPT-2 splits by `split_size`; groups of queries to a head of keys are fewer where those are copied.
+    Those of transformers count their heads (OPT, GPT-J, Bloom) or split by `split_size` (GPT-2); groups of queries to a head of
+    keys are fewer where those are copied. Whether that was all is seen when the block is tried.
     """
     owner = _get(model, path.rpartition(".")[0])
     key = path.rpartition(".")[2]
+    first = key in QUERIES or key in _FUSED_ATTENTION  # once for each attention
+    if first and type(owner).__module__.startswith("transformers."):
+        for name in _COUNTS:
+            if isinstance(count := getattr(owner, name, None), int) and count % ranks == 0:
+                setattr(owner, name, count // ranks)
     if isinstance(style, FusedColumns):
         sizes = style.sizes(path, _outputs(_get(model, path)))
         if getattr(owner, "split_size", None) in sizes:
             owner.split_size //= ranks  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
-    elif key in _KEYS:  # once for each attention
+    elif style == "copied_heads" and key in _KEYS:
         heads = _outputs(_get(model, path)), _outputs(_get(model, _query_of(path)))
         for name in _GROUPS:
             if getattr(owner, name, None) == heads[1] // heads[0] and heads[0]:

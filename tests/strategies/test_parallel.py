@@ -169,12 +169,16 @@ def prepared(words: str, build: Any, options: dict[str, Any]) -> None:
     strategy.prepare({"model": build()}, [])
 
 
+def odd_heads() -> Llama:
+    return Llama(heads=6, kv_heads=3)
+
+
 REFUSED = [
     pytest.param(4, "cp:2+pp:2", Llama, {}, "both pp and cp.*Leave one of them out", id="pp and cp"),
-    pytest.param(4, "fsdp:2+tp:2+ep:2", MoELlama, {}, r"both ep and tp.*Leave tp out \(tp=1\), or ep", id="ep and tp"),
+    pytest.param(4, "fsdp:2+tp:2+sp+ep:2", MoELlama, {}, "ep beside sequence parallel.*Leave sp out", id="ep and sp"),
     pytest.param(2, "pp:2", Llama, {"offload": "cpu"}, "offload='cpu' is not combined with pp", id="pp and offload"),
     pytest.param(2, "pp:2", Llama, {"reshard_after_forward": True}, "reshard_after_forward=True under", id="pp and resharding"),
-    pytest.param(4, "tp:4", Llama, {}, "2 key-value heads cannot be divided by 4.*Choose a tp that divides 2", id="kv heads"),
+    pytest.param(2, "tp:2", odd_heads, {}, "3 key-value heads cannot be divided by 2.*Choose a tp that divides 3", id="kv heads"),
     pytest.param(2, "ep:2", Llama, {}, r"ep=2 spreads experts, and model 'model' has no", id="ep without experts"),
     pytest.param(4, "tp:3", Llama, {}, "4 processes|== 4|world size", id="a wrong product"),
 ]
