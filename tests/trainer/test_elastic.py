@@ -91,7 +91,7 @@ def streamed_part(kind: type[Stream], job: Job, root: Path, **options: Any) -> N
     train(job, root, ledger=root, resume="auto", **options)
 
 
-@pytest.mark.parametrize("kind", [Stream, Cut])
+@pytest.mark.parametrize("kind", [pytest.param(Stream, marks=pytest.mark.slow), Cut])
 def test_a_run_over_an_iterable_goes_from_one_rank_to_two_to_three_and_back_to_one(
     ranks: Any, kind: type[Stream], tmp_path: Path
 ) -> None:
