@@ -135,6 +135,14 @@ def test_two_folders_for_one_run_are_refused(tmp_path: Path) -> None:
         Trainer(max_steps=1, device="cpu", devices=1, root=tmp_path, callbacks=saves).fit(Line(), data())
 
 
+@pytest.mark.parametrize("options", [{"dirpath": 3}, {"monitor": 3}])
+def test_what_is_no_name_is_refused(options: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"Checkpoint\((dirpath|monitor)=3\): expected (a folder or a URL|the name of a logged metric)"
+    ):
+        Checkpoint(**options)
+
+
 @pytest.mark.parametrize("resume", [True, 5])
 def test_what_is_no_way_to_resume_is_refused(resume: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"resume={resume}: expected None, 'auto', 'last', 'best', or the path"):
