@@ -229,7 +229,7 @@ def test_a_rank_killed_on_another_node_is_named_on_every_screen(nodes: Any, tmp_
 def test_a_stopped_rank_on_another_node_is_named_by_the_watchdog(nodes: Any, tmp_path: Path) -> None:
     """Its kernel still answers: that it does not run is seen by its heartbeats."""
     net = nodes(2)
-    started = training(net, tmp_path, "step_s=0.1", "watchdog=4")
+    started = training(net, tmp_path, "step_s=0.1", "watchdog=10")
     os.kill(int((tmp_path / "pid3").read_text()), signal.SIGSTOP)
     first, second = net.finish(started, timeout=90)
     assert first.returncode == 1
