@@ -52,7 +52,8 @@ def blocks_of(name: str, model: nn.Module, styles: Mapping[str, Any]) -> Blocks:
     """Sort the modules of the repeated blocks of `model` by what they do with the sequence.
 
     Raises:
-        ConfigError: there are no blocks with styles, or one holds a parameter itself, which would work on a part only.
+        ConfigError: there are no blocks with styles, or one holds a parameter itself, which would work on a part only; experts
+            and convolutions, for which a part is not enough.
     """
     found = Blocks()
     stacks: dict[str, list[str]] = {}
@@ -97,6 +98,11 @@ def _sort(name: str, path: str, block: nn.Module, styles: Mapping[str, Any], fou
             raise ConfigError(
                 f"sequence_parallel: {full} of model {name!r} holds {own[0]} itself, which would work on a part of the sequence "
                 "and get a part of its gradient. Put it into a module of its own, or leave sequence_parallel out."
+            )
+        if stacked := [key for key in own if module.get_parameter(key).dim() > 2]:
+            raise ConfigError(
+                f"sequence_parallel: {full}.{stacked[0]} of model {name!r} is of experts or of a convolution, which need more "
+                "than a rank's part of the sequence. Leave sequence_parallel out ('tp:2' in the place of 'tp:2+sp')."
             )
         found.between.append(full)
 

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 
     from .parallel import ParallelStrategy
 
-__all__ = ["STYLES", "TensorParallel", "TensorPlan", "make_part"]
+__all__ = ["STYLES", "FusedColumns", "TensorParallel", "TensorPlan", "make_part"]
 
 STYLES = ("colwise", "rowwise", "colwise_gather", "rowwise_split", "copied_heads", "heads", "sequence", "replicate")
 """The words for a style; the module's docstring says what they do."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from drivetrain.strategies.base import Strategy, make_strategy
 from drivetrain.strategies.contract import CASES, MIXED, Case, cases_of, check_strategy, put_together
-from drivetrain.strategies.contract_models import GPT, MLP, VOCABULARY, Llama
+from drivetrain.strategies.contract_models import GPT, MLP, VOCABULARY, Llama, MoELlama
 from drivetrain.strategies.errors import ConfigError
 from drivetrain.strategies.mesh import ParallelPlan
 from drivetrain.strategies.parallel import ParallelStrategy
@@ -252,6 +252,7 @@ def refusals() -> list[str]:
     expect(lambda: prepare(Llama(), {"norm": "colwise"}))
     expect(lambda: prepare(Llama(), TensorPlan({"layers.*.feed_forward.w1": "replicate"}, loss_parallel=True)))
     expect(lambda: prepare(nn.Sequential(CountsItself()), TensorPlan(sequence_parallel=True)))
+    expect(lambda: prepare(MoELlama(layers=2), "sequence"))
     expect(lambda: strategy(TensorPlan(async_tp=True)))
     expect(lambda: strategy("sequenc"))
     expect(lambda: run(Stack(CountsItself(), CountsItself())), RuntimeError)
@@ -277,6 +278,7 @@ def test_what_cannot_be_cut_is_refused_by_name(ranks: Any) -> None:
         "norm of model 'model' is a RMSNorm",
         "loss_parallel needs a head",
         "has no repeated blocks",
+        "layers.0.feed_forward.experts.w1 of model 'model' is of experts or of a convolution",
         "async_tp=True) needs symmetric memory, which cpu has not",
         "tensor_parallel='sequenc'",
         "each rank has 1/2 of the heads",
