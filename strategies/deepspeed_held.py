@@ -27,7 +27,7 @@ from .errors import ConfigError
 __all__ = ["Held", "trained", "twin_of"]
 
 # Optimizers that treat each element by itself, so that a flat piece is stepped as the whole would be.
-_ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "RMSprop", "Rprop", "Adadelta", "ASGD")
+_ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adadelta", "ASGD")
 
 
 def twin_of(front: Optimizer, *, allowed: bool, stage: int) -> Optimizer:
@@ -42,6 +42,11 @@ def twin_of(front: Optimizer, *, allowed: bool, stage: int) -> Optimizer:
     ours = kind.__module__.startswith(("torch.optim", "deepspeed.")) and (
         kind.__name__ in _ELEMENTWISE or kind.__module__.startswith("deepspeed.")
     )
+    if stage and isinstance(front, torch.optim.Adagrad):
+        raise ConfigError(
+            "Adagrad makes its state when it is built, of whole parameters, and ZeRO steps flat pieces of them, for which it has "
+            "none. Use RMSprop or AdamW."
+        )
     if stage and not ours and not allowed:
         raise ConfigError(
             f"ZeRO steps flat pieces of the parameters, and {kind.__name__} is not known to treat each element by itself. Use "

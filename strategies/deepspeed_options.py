@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import deepspeed_config, deepspeed_engine
+from .activation import read_checkpointing
 from .base import Strategy
 from .errors import ConfigError
 
@@ -71,6 +72,22 @@ class DeepSpeedOptions(Strategy):
             if where is not None:
                 self.zero[key] = self._offload(key, where)
         self._check_options()
+
+    def shape_blocks(self, name: str, model: nn.Module) -> nn.Module:
+        """The same as in every strategy.
+
+        Raises:
+            ConfigError: "selective" activation checkpointing under stage 3.
+        """
+        if self.stage == 3 and not self.inference and self.activation_checkpointing:
+            how = read_checkpointing(self.activation_checkpointing)
+            if how is not None and how.mode == "selective":
+                raise ConfigError(
+                    "activation_checkpointing='selective' finds what it kept by the order of a block's operators, and under "
+                    "ZeRO-3 a block gathers its parameters by others in the backward pass than in the forward. Use 'full', "
+                    "stage 2, or fsdp."
+                )
+        return super().shape_blocks(name, model)
 
     # -- options ------------------------------------------------------------------------------------------------------
     def _choose_stage(self, asked: int | None) -> int:

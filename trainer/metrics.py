@@ -137,6 +137,11 @@ class Metrics:
             # changes anything, so nothing was counted yet.
             self._log_other(entry, value, weight)
 
+    def holds(self, name: str) -> bool:
+        """Whether a value of that name was logged and is not reported yet."""
+        entry = self._entries.get(name)
+        return entry is not None and bool(entry.step.scale or entry.epoch.scale or entry.object is not None)
+
     def log_dict(self, values: Any, **options: Any) -> None:
         """Log each item of a mapping, or of a collection of torchmetrics, with the same options."""
         for name, value in values.items():

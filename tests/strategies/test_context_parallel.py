@@ -14,6 +14,7 @@ from drivetrain.strategies.base import make_strategy
 from drivetrain.strategies.context_parallel import ContextParallel, ContextPart
 from drivetrain.strategies.contract import CASES, MIXED, Case, cases_of, check_strategy
 from drivetrain.strategies.errors import ConfigError, DrivetrainError
+from drivetrain.strategies.parallel import ParallelStrategy
 from drivetrain.strategies.shared_sequence import sequence_positions
 from drivetrain.strategies.world import World
 from torch import Tensor, nn
@@ -377,6 +378,7 @@ def means(kind: str) -> list[float]:
     strategy.start(world)
     model = nn.Linear(1, 1).double()
     strategy.prepare({"model": model}, [])
+    assert isinstance(strategy, ParallelStrategy)
     (part,) = strategy.parts
     assert isinstance(part, ContextPart)
     batch = labelled(kind)

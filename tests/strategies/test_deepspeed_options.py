@@ -233,6 +233,25 @@ def test_a_section_that_would_shard_in_its_own_way_is_refused(ranks: Any) -> Non
     assert "the section 'tensor_parallel', which is not DeepSpeed's to do here (Say strategy='fsdp:2+tp:2'" in ranks(1, said)[0]
 
 
+def refusals() -> list[str]:
+    found = []
+    for options, optimizer in (
+        ({"stage": 3, "activation_checkpointing": "selective"}, sgd),
+        ({"stage": 1}, lambda parameters: torch.optim.Adagrad(parameters, lr=0.1)),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            trained(Net, optimizer, False, options)
+        found.append(str(caught.value))
+    return found
+
+
+def test_what_would_fail_deep_inside_is_refused_before(ranks: Any) -> None:
+    """A resumed run met the first in its first backward pass, from inside torch; the second could never be prepared."""
+    selective, adagrad = ranks(1, refusals)[0]
+    assert selective.startswith("activation_checkpointing='selective' finds what it kept by the order of a block's operators")
+    assert adagrad.startswith("Adagrad makes its state when it is built")
+
+
 def grouped(model: nn.Module) -> Any:
     frozen = list(model.get_submodule("middle").requires_grad_(False).parameters())
     first, last = model.get_submodule("first").parameters(), model.get_submodule("last").parameters()

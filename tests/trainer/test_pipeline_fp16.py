@@ -39,7 +39,7 @@ class Net(TrainingModule):
         factor = math.nan if self.trainer.progress.batches // self.cut == self.bad else 1.0
         return F.mse_loss(output, batch[1]) * factor
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         precision = self.trainer.accelerator.precision
         assert isinstance(precision, FP16Mixed)
         if self.trainer.progress.batches % self.cut == 0:

@@ -282,7 +282,8 @@ class Toggling(TrainingModule):
 
 def toggled(root: Path, strategy: str = "auto") -> list[list[float]]:
     module = Toggling()
-    trainer = Trainer(**(QUIET | {"seed": None}), root=root, max_epochs=2, strategy=strategy)
+    options: dict[str, Any] = QUIET | {"seed": None}
+    trainer = Trainer(**options, root=root, max_epochs=2, strategy=strategy)
     data = TensorDataset(torch.arange(8.0).reshape(8, 1) / 8)
     trainer.fit(module, DataLoader(data, batch_size=4 // trainer.world.size))
     return [p.flatten().tolist() for p in weights_of(module).values()]

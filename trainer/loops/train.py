@@ -48,6 +48,7 @@ class TrainLoop:
         self.step = self.module.training_step if self.automatic else self.accelerator.bind(self.module, "training_step")
         self._next_event = 0
         self._log_due = False
+        self._own_loss: bool | None = None  # whether "loss" is the loop's to log; the first log point tells
         # Only a checkpoint on an exception needs the state before the step that failed: to note it costs what a save collects.
         trainer.notes_steps = any(getattr(c, "save_on_exception", False) for c in trainer.callbacks)
 
@@ -202,8 +203,13 @@ class TrainLoop:
             return self.step(accelerator.precision.convert_input(batch), batch_idx)
 
     def _log_loss(self, output: Any) -> None:
+        """Log what the step returned as "loss", unless the step does so itself, in its own way."""
         loss = output.get("loss") if isinstance(output, dict) else output
         if isinstance(loss, Tensor) and self.trainer.logs_loss:
+            if self._own_loss is None:
+                self._own_loss = not self.metrics.holds("loss")
+            if not self._own_loss:
+                return
             items = output.get("num_items") if isinstance(output, dict) else None
             if items is not None:  # a sum over items: its mean, weighted by them
                 loss = loss.detach() / (items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1))

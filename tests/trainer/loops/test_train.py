@@ -50,6 +50,26 @@ def fit(root: Path, *, module: Told | None = None, val: bool = False, batch: int
 
 
 @pytest.mark.parametrize(
+    "options", [{}, {"prog_bar": True}, {"on_step": True, "on_epoch": True}, {"on_step": False, "on_epoch": True}]
+)
+def test_a_step_may_log_its_loss_by_that_name_in_its_own_way(options: dict[str, Any], tmp_path: Path) -> None:
+    """The trainer logs what the step returns as "loss", unless the step does."""
+
+    class Logging(Told):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss * 2, **options)
+            return loss
+
+    _, trainer = fit(tmp_path, module=Logging(), max_epochs=2, log_every_n_steps=2)
+    _, plain = fit(tmp_path, max_epochs=2, log_every_n_steps=2)
+    name = "loss_step" if options.get("on_step") else "loss"
+    if options.get("on_step", True):
+        assert trainer.metrics[name] == pytest.approx(2 * plain.metrics["loss"])
+    assert trainer.metrics["grad_norm"] == plain.metrics["grad_norm"]
+
+
+@pytest.mark.parametrize(
     ("options", "steps", "epochs"),
     [
         ({"max_epochs": 2}, 10, 2),
