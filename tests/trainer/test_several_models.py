@@ -107,8 +107,11 @@ def plain_pair(epochs: int) -> tuple[list[tuple[float, float]], dict[str, Tensor
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    full = (p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in module.parameters())
-    return {n: p.clone() for (n, _), p in zip(module.named_parameters(), full, strict=True)}
+    return {n: whole(p).detach().clone() for n, p in module.named_parameters()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def by_manual(
