@@ -57,6 +57,11 @@ LAUNCHERS = (
     *("TORCHELASTIC_", "SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_", "MV2_", "FLUX_"),
 )
 """Variables by which some launcher tells a process its rank. Tests say themselves what they want, so these go."""
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # started in the background of a shell: Ctrl-C is a thing to test all the same
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 STACK_SIGNAL = signal.SIGRTMIN + 7 if sys.platform == "linux" else signal.SIGUSR2
 """Makes a rank write its stack. None of the signals that drivetrain itself listens to."""
 
