@@ -5,8 +5,9 @@
     run_as_forward(method)          a step between torch's hooks around a forward
 The module stays the user's own object under its own names; its class gains FSDPModule, its parameters become DTensors.
 It stands on these names of torch that are not documented: `_non_persistent_buffers_set` of nn.Module; FSDPModule._get_fsdp_state,
-FSDPState._fsdp_param_groups and _register_root_post_backward_final_callback, FSDPParamGroup._sharded_state and fsdp_params,
-FSDPParam._unsharded_param and .sharded_param; tests/strategies/test_fsdp.py and tests/trainer/test_several_models.py pin them.
+FSDPState._fsdp_param_groups, _state_ctx.iter_forward_root and _register_root_post_backward_final_callback,
+FSDPParamGroup._sharded_state and fsdp_params, FSDPParam._unsharded_param and .sharded_param; tests/strategies/test_fsdp.py and
+tests/trainer/test_several_models.py pin them.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ class Sharded:
         self.depth = 0
         self.syncing = True
         self.warm = False
+        self._leaving: Any = None  # the hook behind a forward without gradients
         self.root_groups: list[Any] = []
+        self._state: Any = None  # torch's, of the root
         self.around: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None
         self.whole = self._held_whole(ignored)
 
@@ -183,7 +186,8 @@ class Sharded:
             self.modules.append(module)
 
         materialize.walk(model, visit, leave)
-        self.root_groups = self.root._get_fsdp_state()._fsdp_param_groups
+        self._state = self.root._get_fsdp_state()
+        self.root_groups = self._state._fsdp_param_groups
         for buffer in () if self.is_dry else model.buffers():
             buffer.data = buffer.data.to(self.device)
         if group is not None:
@@ -248,6 +252,8 @@ class Sharded:
     def _run(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a step between torch's hooks. This frame is the only one of ours on the way to it."""
         if not self.depth:
+            if self._state._state_ctx.iter_forward_root is not None:  # a bare forward failed
+                self.forget()
             self._begin_step()
         self.depth += 1
         try:
@@ -262,6 +268,8 @@ class Sharded:
                 self.root.reshard()
 
     def _before_forward(self, model: nn.Module, args: Any) -> None:
+        if not self.depth and self._state._state_ctx.iter_forward_root is not None:  # the forward before failed
+            self.forget()
         if torch.is_grad_enabled():
             if self.sends_buffers and not self.depth:
                 self.send_buffers()
@@ -284,8 +292,14 @@ class Sharded:
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         # Without a backward pass nobody else would free the root's parameters, and what is written into them would be lost.
-        self._leaving.remove()
+        self._stay()
         self.root.reshard()
+
+    def _stay(self) -> None:
+        """Take away the hook behind a forward without gradients."""
+        if self._leaving is not None:
+            self._leaving.remove()
+            self._leaving = None
 
     def send_buffers(self) -> None:
         """Give rank 0's persistent buffers to all ranks. Collective."""
@@ -300,10 +314,9 @@ class Sharded:
         torch queues that behind it in a hook of each unit's output. The root has given none yet while its step runs, and a loss
         that depends on its parameters only passes no unit.
         """
-        state = self.root._get_fsdp_state()
 
         def begin(grad: Tensor) -> None:
-            state._register_root_post_backward_final_callback()
+            self._state._register_root_post_backward_final_callback()
 
         loss.register_hook(begin)
 
@@ -341,7 +354,8 @@ class Sharded:
 
     def forget(self) -> None:
         """Forget a step that was broken off, wherever it was. Before the first forward there is nothing to forget."""
-        if self.root._get_fsdp_state()._is_root is not None:
+        self._stay()
+        if self._state._is_root is not None:
             self.root.reset_iter_state()
 
     def free(self) -> None:

@@ -219,18 +219,23 @@ def broken_off() -> list[float]:
     net = Net()
     _, (optimizer,) = strategy.prepare({"model": net}, lambda: [torch.optim.SGD(net.parameters(), lr=0.1)])
     rank, count = strategy.data_shard
-    losses = []
+    losses, hooks = [], []
     for index, batch in enumerate(batches()):
         mine = tuple(t.tensor_split(count)[rank] for t in batch)
         with pytest.raises(ValueError, match="fails here"):
             net.training_step(mine, 77)
+        for _ in range(2):
+            with torch.no_grad(), pytest.raises(TypeError):
+                net(None)
         net.training_step(mine, 0)  # its graph is thrown away
         loss = net.training_step(mine, index)
         optimizer.zero_grad()
         strategy.backward(loss)
         strategy.step(optimizer)
+        hooks.append(len(net._forward_hooks))
         losses.append(world.all_reduce(loss.detach(), "mean").item())
     assert all(isinstance(p, DTensor) for n, p in net.named_parameters() if n != "gain"), "nothing is left gathered"
+    assert len(set(hooks)) == 1, "hooks behind forwards that failed are gone"
     strategy.stop()
     world.stop()
     return losses
