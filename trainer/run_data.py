@@ -144,7 +144,7 @@ def accumulation(options: Mapping[str, Any], loader: Loader) -> int:
     if wanted % once:
         raise ConfigError(
             f"global_batch_size={wanted} is not a multiple of {once}, which all ranks take at once (batch_size times ranks). "
-            f"Use {wanted // once * once or once} or {(wanted // once + 1) * once}, or another batch_size."
+            f"Use {f'{wanted // once * once} or ' if wanted > once else ''}{(wanted // once + 1) * once}, or another batch_size."
             f"{_who_can(wanted, once, loader._shard[1])}"
         )
     return wanted // once

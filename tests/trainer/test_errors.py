@@ -129,6 +129,7 @@ DURING: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"val_check_interval": 0}, ("val_check_interval must be a number of optimizer steps (int) or a part of the epoch", "0")),
     ({"val_check_interval": 1.5}, ("val_check_interval must be", "1.5")),
     ({"global_batch_size": 3}, ("global_batch_size=3 is not a multiple of 2", "Use 2 or 4")),
+    ({"global_batch_size": 1}, ("global_batch_size=1 is not a multiple of 2", "Use 2, or another batch_size")),
     ({"name": "../elsewhere"}, ("A run's name", "../elsewhere")),
     ({"loggers": "wandbb"}, ("wandbb", "Did you mean 'wandb'?")),
     ({"loggers": 3}, ("3",)),
