@@ -268,13 +268,12 @@ class Sharded:
                 self.root.reshard()
 
     def _before_forward(self, model: nn.Module, args: Any) -> None:
-        if not self.depth and self._state._state_ctx.iter_forward_root is not None:  # the forward before failed
-            self.forget()
         if torch.is_grad_enabled():
             if self.sends_buffers and not self.depth:
                 self.send_buffers()
         elif not self.depth:
             self._begin_step()
+            self._stay()  # one that failed left it
             self._leaving = model.register_forward_hook(self._after_forward)
 
     def _begin_step(self) -> None:

@@ -228,6 +228,9 @@ def broken_off() -> list[float]:
             with torch.no_grad(), pytest.raises(TypeError):
                 net(None)
         net.training_step(mine, 0)  # its graph is thrown away
+        with pytest.raises(TypeError):
+            net(None)
+        strategy.backward(F.cross_entropy(net(mine[0]), mine[1]))
         loss = net.training_step(mine, index)
         optimizer.zero_grad()
         strategy.backward(loss)
