@@ -5,7 +5,7 @@
     run_as_forward(method)          a step between torch's hooks around a forward
 The module stays the user's own object under its own names; its class gains FSDPModule, its parameters become DTensors.
 It stands on these names of torch that are not documented: `_non_persistent_buffers_set` of nn.Module; FSDPModule._get_fsdp_state,
-FSDPState._fsdp_param_groups, _state_ctx.iter_forward_root and _register_root_post_backward_final_callback,
+FSDPState._fsdp_param_groups and _register_root_post_backward_final_callback,
 FSDPParamGroup._sharded_state and fsdp_params, FSDPParam._unsharded_param and .sharded_param; tests/strategies/test_fsdp.py and
 tests/trainer/test_several_models.py pin them.
 """
@@ -252,7 +252,7 @@ class Sharded:
     def _run(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a step between torch's hooks. This frame is the only one of ours on the way to it."""
         if not self.depth:
-            if self._state._state_ctx.iter_forward_root is not None:  # a bare forward failed
+            if self._leaving is not None and torch.is_grad_enabled():  # a bare forward without gradients failed
                 self.forget()
             self._begin_step()
         self.depth += 1
@@ -264,7 +264,7 @@ class Sharded:
             raise
         finally:
             self.depth -= 1
-            if not self.depth and not torch.is_grad_enabled():
+            if not self.depth and self._leaving is None and not torch.is_grad_enabled():  # else it is in a bare forward
                 self.root.reshard()
 
     def _before_forward(self, model: nn.Module, args: Any) -> None:

@@ -256,6 +256,49 @@ def test_a_step_that_fails_or_leads_nowhere_leaves_no_trace(ranks: Any) -> None:
     assert ranks(2, broken_off)[0] == pytest.approx(losses, rel=1e-12)
 
 
+class Nested(nn.Module):
+    """A forward that calls a method which runs as a forward itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.blocks = nn.Linear(6, 6), nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.scale = nn.Parameter(torch.ones(6))
+        self.double()
+
+    def encode(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return x * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(self.encode(self.first(x))) * self.scale
+
+
+def nested(plain: bool) -> list[float]:
+    net, losses = Nested(), []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    strategy = Strategy() if plain else make_strategy("fsdp", forward_methods=("encode",))
+    world = World.single() if plain else World.start("cpu", need_group=True)
+    strategy.start(world)
+    _, (optimizer,) = strategy.prepare({"model": net}, [optimizer])
+    for x, _ in batches(3):
+        with torch.no_grad():
+            net(x)
+        loss = net(x).pow(2).mean()
+        optimizer.zero_grad()
+        strategy.backward(loss)
+        strategy.step(optimizer)
+        losses.append(loss.item())
+    strategy.stop()
+    world.stop()
+    return losses
+
+
+def test_a_forward_may_call_a_method_that_runs_as_one(ranks: Any) -> None:
+    assert ranks(2, nested, False)[0] == pytest.approx(nested(True), rel=1e-12)
+
+
 def low_precision(precision: str, **options: Any) -> list[float]:
     """Losses of a run with fp32 weights; a bare call of the model runs under the precision, too."""
     world = World.start("cpu")
